@@ -1,0 +1,125 @@
+"""The values a flow is made of; no sockets, no clock.
+
+An address is a string in its canonical form (`ipaddress` compressed), a port a host-order integer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from ipaddress import ip_address
+from typing import Final, NamedTuple
+
+
+class Endpoint(NamedTuple):
+    """An address and a port, either family."""
+
+    address: str
+    port: int
+
+    @property
+    def version(self) -> int:
+        """4 or 6."""
+        return 6 if ":" in self.address else 4
+
+    def __str__(self) -> str:
+        return f"[{self.address}]:{self.port}" if self.version == 6 else f"{self.address}:{self.port}"
+
+
+class Client(Endpoint):
+    """Where a flow comes from."""
+
+
+class OrigDst(Endpoint):
+    """Where the client meant to go: the destination before any rule touched the packet."""
+
+
+class Network(StrEnum):
+    """The transport of a flow."""
+
+    TCP = "tcp"
+    UDP = "udp"
+
+
+@dataclass(frozen=True, slots=True)
+class Flow:
+    """What policy may know of a flow when it decides."""
+
+    network: Network
+    client: Client
+    orig_dst: OrigDst
+    listener: str
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """Policy's answer: which rule took the flow, and which backend carries it."""
+
+    rule: str
+    backend: str
+
+
+class Layer(StrEnum):
+    """Where the bytes of a flow run; lower is cheaper."""
+
+    KERNEL = "kernel"
+    LEARNED = "learned"
+    SPLICE = "splice"
+    COPY = "copy"
+
+
+class Phase(StrEnum):
+    """How far a flow had come when it ended."""
+
+    ACCEPT = "accept"
+    CONNECT = "connect"
+    RELAY = "relay"
+
+
+class Cause(StrEnum):
+    """The first thing that ended a flow; a server refusing is not a client leaving."""
+
+    DONE = "done"
+    CLIENT_RESET = "client-reset"
+    SERVER_RESET = "server-reset"
+    REFUSED = "refused"
+    UNREACHABLE = "unreachable"
+    TIMED_OUT = "timed-out"
+    IDLE = "idle"
+    LIMIT = "limit"
+    LOOP = "loop"
+    RESOURCES = "resources"
+    SHUTDOWN = "shutdown"
+    ERROR = "error"
+
+
+@dataclass(frozen=True, slots=True)
+class FlowEnd:
+    """Why and how a flow ended: first cause and phase, bytes each way, age.
+
+    `source` is the address and port that the server saw, None where it never came to that.
+    """
+
+    flow: Flow
+    decision: Decision | None
+    layer: Layer
+    cause: Cause
+    phase: Phase
+    source: Endpoint | None
+    bytes_up: int
+    bytes_down: int
+    duration_s: float
+
+
+LOOPBACK: Final = {4: "127.0.0.1", 6: "::1"}
+
+
+def canonical(address: str) -> str:
+    """Return the compressed form of an address, v4-mapped IPv6 as IPv4.
+
+    Raises:
+        ValueError: not an address.
+    """
+    parsed = ip_address(address)
+    mapped = getattr(parsed, "ipv4_mapped", None)
+    return str(mapped or parsed)

@@ -1,0 +1,126 @@
+"""Apply, compare and remove everything that tproxyd keeps in the kernel, all or nothing.
+
+The order is what makes an interruption harmless: routing stands before the rules that need it and falls after
+them, so packets are never marked for a table that is not there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tproxyd.config import Config
+from tproxyd.errors import RulesetError, TproxydError
+from tproxyd.netfilter.marks import check_marks
+from tproxyd.netfilter.part import Part
+from tproxyd.netfilter.plan import Ruleset, plan
+from tproxyd.netfilter.preflight import check_box
+
+
+class Application:
+    """The wanted state of the box for one configuration, over all its parts."""
+
+    def __init__(self, config: Config) -> None:
+        """Plan; nothing in the kernel is touched."""
+        self.ruleset = plan(config)
+        self._backend = config.interception.ruleset
+        self._parts = parts(self.ruleset, self._backend)
+        self._others = [part for part in parts(None, None) if type(part) not in {type(p) for p in self._parts}]
+
+    def check(self) -> list[str]:
+        """Look for what stands in the way, changing nothing; return warnings.
+
+        Raises:
+            RulesetError: a name, mark, table or priority is someone else's, or a setting of the box
+                would swallow the flows.
+            KernelUnsupported: the kernel or a library lacks something.
+        """
+        warnings = check_box(self.ruleset)
+        for part in self._parts:
+            part.check()
+        check_marks(self.ruleset)
+        return warnings
+
+    def difference(self) -> str:
+        """Say what `apply` would change; empty when nothing would."""
+        texts = [part.difference() for part in self._parts]
+        texts += [f"-{part.name}: tproxyd's rules" for part in self._others if part.snapshot() is not None]
+        return "\n".join(text for text in texts if text)
+
+    def apply(self) -> bool:
+        """Bring the box to the wanted state; return False if it was there already.
+
+        Raises:
+            TproxydError: nothing has changed; where even going back failed, the message says so.
+        """
+        self.check()
+        done: list[tuple[Part, object]] = []
+        try:
+            for part in self._parts:
+                if part.difference():
+                    done.append((part, part.snapshot()))
+                    part.write()
+            for part in self._others:
+                if (snapshot := part.snapshot()) is not None:
+                    done.append((part, snapshot))
+                    part.restore(None)
+        except BaseException as error:
+            _go_back(done, error)
+            raise
+        return bool(done)
+
+    def snapshot(self) -> list[object]:
+        """The state of all parts now, for `restore`."""
+        return [part.snapshot() for part in (*self._parts, *self._others)]
+
+    def restore(self, snapshots: list[object]) -> None:
+        """Bring back a state that `snapshot` returned."""
+        pairs = list(zip((*self._parts, *self._others), snapshots, strict=True))
+        for part, snapshot in reversed(pairs):
+            part.restore(snapshot)
+
+
+def remove() -> bool:
+    """Take everything of tproxyd's out of the kernel, whatever configuration made it; False: there was nothing.
+
+    Raises:
+        TproxydError: something could not be removed; the rest has been.
+    """
+    removed, errors = False, []
+    for part in reversed(parts(None, None)):
+        try:
+            if part.snapshot() is not None:
+                part.restore(None)
+                removed = True
+        except TproxydError as error:
+            errors.append(f"{part.name}: {error}")
+    if errors:
+        raise RulesetError("; ".join(errors))
+    return removed
+
+
+def parts(ruleset: Ruleset | None, backend: str | None) -> Sequence[Part]:
+    """The parts in the order in which they are applied; both back ends where none is named.
+
+    iptables is left out where it was never used: looking would need python-iptables, and would create its
+    legacy tables.
+    """
+    from tproxyd.netfilter.iptables_part import IptablesPart, tables_in_use
+    from tproxyd.netfilter.nft_part import NftPart
+    from tproxyd.netfilter.routing import RoutingPart
+
+    found: list[Part] = [RoutingPart(ruleset)]
+    if backend != "iptables":
+        found.append(NftPart(ruleset))
+    if backend == "iptables" or (backend is None and tables_in_use()):
+        found.append(IptablesPart(ruleset))
+    return found
+
+
+def _go_back(done: list[tuple[Part, object]], error: BaseException) -> None:
+    for part, snapshot in reversed(done):
+        try:
+            part.restore(snapshot)
+        except TproxydError as second:
+            raise RulesetError(
+                f"{error}; and {part.name} could not be brought back ({second}): run tproxyd remove-rules"
+            ) from error

@@ -1,0 +1,132 @@
+"""What the kernel has to be told: a pure step from the configuration to a `Ruleset`.
+
+Nothing here knows nftables from iptables; both renderers read the same `Ruleset`, and what they share (what is
+never intercepted, which packets count) stands here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from ipaddress import IPv4Network, IPv6Network, collapse_addresses, ip_network
+from typing import Final, Literal
+
+from tproxyd.config import Config, Mark, PortRange
+from tproxyd.flow import Network
+
+Prefix = IPv4Network | IPv6Network
+
+NEVER_DESTINATIONS: Final = {
+    4: ("0.0.0.0/8", "127.0.0.0/8", "169.254.0.0/16", "224.0.0.0/4", "240.0.0.0/4"),
+    6: ("::/127", "fe80::/10", "ff00::/8"),
+}
+"""Loopback, link-local, multicast and reserved: they can't be relayed (RFC 6890), so they stay in the kernel."""
+
+NEVER_SOURCES: Final = {
+    4: ("0.0.0.0/8", "127.0.0.0/8", "169.254.0.0/16"),
+    6: ("::/127", "fe80::/10"),
+}
+"""Clients without a routable address (DHCP, link-local): a spoofed answer could not be sent."""
+
+LEASE_S: Final = 5
+"""How long an open gateway goes on intercepting after its daemon has stopped renewing the lease."""
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixSet:
+    """Excluded prefixes of one family; sorted, disjoint, in canonical form."""
+
+    field: Literal["destination", "source"]
+    version: int
+    prefixes: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """The set's name in the kernel."""
+        return f"excluded_{self.field}_v{self.version}"
+
+
+@dataclass(frozen=True, slots=True)
+class Intercept:
+    """New flows of one transport and family that go to the listener.
+
+    Attributes:
+        address: the loopback address the listener is bound to.
+        ports: destination ports, sorted and disjoint.
+    """
+
+    network: Network
+    version: int
+    ports: tuple[PortRange, ...]
+    address: str
+    port: int
+
+
+@dataclass(frozen=True, slots=True)
+class Ruleset:
+    """Everything the netfilter back ends and policy routing need to know.
+
+    Attributes:
+        lease: interception holds only while the daemon renews its lease (`on_failure: open`).
+        mark: set on packets that the kernel hands to tproxyd; policy routing delivers them locally.
+        client_mark: SO_MARK of client-side sockets; their packets stay out of connection tracking, because
+            with the same four-tuple on both sides two connections would share one entry.
+        server_mark: SO_MARK of server-side sockets.
+    """
+
+    interfaces: tuple[str, ...]
+    versions: tuple[int, ...]
+    excluded: tuple[PrefixSet, ...]
+    intercepts: tuple[Intercept, ...]
+    own_traffic: bool
+    lease: bool
+    mark: Mark
+    client_mark: Mark
+    server_mark: Mark
+    route_table: int
+    rule_priority: int
+
+
+def plan(config: Config) -> Ruleset:
+    """Turn a configuration into what the kernel has to be told."""
+    wanted = config.interception
+    versions = tuple(sorted({"ipv4": 4, "ipv6": 6}[family] for family in wanted.families))
+    port = config.listeners[0].port
+    networks = ((Network.TCP, wanted.tcp_ports), (Network.UDP, wanted.udp_ports))
+    return Ruleset(
+        interfaces=tuple(sorted(wanted.interfaces)),
+        versions=versions,
+        excluded=tuple(
+            prefix_set
+            for version in versions
+            for prefix_set in (
+                _prefix_set("destination", version, NEVER_DESTINATIONS, wanted.exclude.destinations),
+                _prefix_set("source", version, NEVER_SOURCES, wanted.exclude.sources),
+            )
+        ),
+        intercepts=tuple(
+            Intercept(network, version, ports, {4: "127.0.0.1", 6: "::1"}[version], port)
+            for version in versions
+            for network, ports in networks
+            if ports
+        ),
+        own_traffic=wanted.own_traffic,
+        lease=wanted.on_failure == "open",
+        mark=wanted.mark,
+        client_mark=wanted.client_mark,
+        server_mark=wanted.server_mark,
+        route_table=wanted.route_table,
+        rule_priority=wanted.rule_priority,
+    )
+
+
+def _prefix_set(
+    field: Literal["destination", "source"],
+    version: int,
+    never: dict[int, tuple[str, ...]],
+    configured: Iterable[Prefix],
+) -> PrefixSet:
+    prefixes = [ip_network(prefix) for prefix in never[version]]
+    prefixes += [prefix for prefix in configured if prefix.version == version]
+    collapsed = collapse_addresses(prefixes)  # type: ignore[type-var]  # one version only
+    return PrefixSet(field, version, tuple(str(prefix) for prefix in collapsed))
