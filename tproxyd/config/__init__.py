@@ -1,0 +1,41 @@
+"""The configuration: YAML -> frozen, validated `Config`; every problem with file, line and column.
+
+    document   bytes -> tree with positions         (knows YAML, no key)
+    scalars    text -> one value                    (knows how a mark, a duration, a prefix is written)
+    fields     what a key may hold                  (knows lists, bounds, units)
+    model      tree -> Config                       (knows every key, its default, what contradicts what)
+    report     what is wrong -> where, and in which words
+    wording    how a found value stands in a message
+    loader     the file
+
+Nothing here touches the system but `load_config`, which opens the file.
+"""
+
+from tproxyd.config.loader import load_config, parse_config
+from tproxyd.config.model import (
+    Config,
+    DirectBackend,
+    Exclude,
+    Interception,
+    Limits,
+    Logging,
+    Timeouts,
+    TproxyListener,
+)
+from tproxyd.config.scalars import Mark, PortRange, Prefix
+
+__all__ = [
+    "Config",
+    "DirectBackend",
+    "Exclude",
+    "Interception",
+    "Limits",
+    "Logging",
+    "Mark",
+    "PortRange",
+    "Prefix",
+    "Timeouts",
+    "TproxyListener",
+    "load_config",
+    "parse_config",
+]

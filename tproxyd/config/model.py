@@ -1,0 +1,244 @@
+"""The configuration as frozen, validated values: which keys there are, what each may hold, its default.
+
+Pure. Positions and files are unknown here (see `document`, `report`, `loader`); what a key may hold is in
+`fields`. Sections can be built in code, too, from finished values: `Interception(interfaces=("lan0",))`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Final, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictStr,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import InitErrorDetails, PydanticCustomError
+
+from tproxyd.config.fields import (
+    WRITTEN,
+    Account,
+    Duration,
+    Families,
+    FlowCount,
+    Interfaces,
+    MarkField,
+    Name,
+    Port,
+    Ports,
+    Prefixes,
+    Priority,
+    Table,
+    Workers,
+    problem,
+    unexpected,
+)
+from tproxyd.config.scalars import Mark, PortRange
+from tproxyd.config.wording import one_of, shown
+
+ALL_PORTS: Final = (PortRange(1, 65535),)
+DEFAULT_PER_CLIENT: Final = 4096
+
+
+class Section(BaseModel):
+    """A mapping of the file: frozen, and closed to unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    not_yet: ClassVar[frozenset[str]] = frozenset()
+    """Keys of the design that this version lacks."""
+
+
+class Exclude(Section):
+    """Prefixes that stay routed by the kernel, by either end of a packet."""
+
+    destinations: Prefixes = ()
+    sources: Prefixes = ()
+
+
+class Interception(Section):
+    """What the kernel diverts to tproxyd, and by which means."""
+
+    interfaces: Interfaces = Field(examples=["[lan0]"])
+    ruleset: Literal["nftables", "iptables"] = "nftables"
+    families: Families = ("ipv4", "ipv6")
+    tcp_ports: Ports = ALL_PORTS
+    udp_ports: Ports = ALL_PORTS
+    exclude: Exclude = Exclude()
+    own_traffic: StrictBool = False
+    on_failure: Literal["closed", "open"] = "closed"
+    mark: MarkField = Mark(0x1, 0x1)
+    client_mark: MarkField = Field(default=Mark(0x2, 0x2), validate_default=True)
+    server_mark: MarkField = Field(default=Mark(0x4, 0x4), validate_default=True)
+    route_table: Table = 7440
+    rule_priority: Priority = 7440
+
+    @field_validator("udp_ports")
+    @classmethod
+    def _something_to_intercept(
+        cls, ports: tuple[PortRange, ...], info: ValidationInfo
+    ) -> tuple[PortRange, ...]:
+        if not ports and info.data.get("tcp_ports") == ():
+            raise ValueError("tcp_ports and udp_ports are both empty; one of them must name ports")
+        return ports
+
+    @field_validator("client_mark", "server_mark")
+    @classmethod
+    def _bits_of_its_own(cls, mark: Mark, info: ValidationInfo) -> Mark:
+        for name in ("mark", "client_mark"):  # of these, `data` holds the ones that stand before this field
+            other = info.data.get(name)
+            if isinstance(other, Mark) and mark.overlaps(other):
+                what = f"{info.field_name} {mark} and {name} {other} share bits of their masks"
+                text = f"{what}; give each mark bits of its own"
+                raise PydanticCustomError("overlap", text, {"beside": name})
+        return mark
+
+
+class Typed(Section):
+    """A listener or backend: its `type` decides which other keys there are, so it is looked at first."""
+
+    types: ClassVar[tuple[str, ...]] = ()
+    types_not_yet: ClassVar[tuple[str, ...]] = ()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _type_first(cls, data: Any, info: ValidationInfo) -> Any:
+        if not isinstance(data, Mapping):
+            return data
+        if "type" not in data:
+            if info.context == WRITTEN:
+                missing = InitErrorDetails(type="missing", loc=("type",), input=data)
+                raise ValidationError.from_exception_data(cls.__name__, [missing])
+            return data
+        kind = data["type"]
+        if kind in cls.types:
+            return data
+        if kind in cls.types_not_yet:
+            error = ValueError(f"type {shown(kind)} is not in this version; write {one_of(cls.types)}")
+        else:
+            error = unexpected(kind, one_of(cls.types))
+        raise ValidationError.from_exception_data(cls.__name__, [problem(error, kind, "type")])
+
+
+class TproxyListener(Typed):
+    """The port that diverted flows arrive at."""
+
+    types: ClassVar[tuple[str, ...]] = ("tproxy",)
+    types_not_yet: ClassVar[tuple[str, ...]] = ("socks5", "forward")
+
+    name: Name = Field(examples=["lan"])
+    type: Literal["tproxy"] = Field(default="tproxy", examples=["tproxy"])
+    port: Port = Field(examples=["7440"])
+
+
+class DirectBackend(Typed):
+    """Reaches the original destination itself, from an address that `source` chooses."""
+
+    types: ClassVar[tuple[str, ...]] = ("direct",)
+    types_not_yet: ClassVar[tuple[str, ...]] = ("upstream", "socks5", "http_connect", "tunnel")
+
+    type: Literal["direct"] = Field(default="direct", examples=["direct"])
+    source: Literal["four-tuple", "address", "gateway"] = "four-tuple"
+    nat: Literal["full-cone", "symmetric"] = "full-cone"
+
+
+class Timeouts(Section):
+    """How long tproxyd waits, in seconds."""
+
+    not_yet: ClassVar[frozenset[str]] = frozenset({"sniff"})
+
+    connect: Duration = 5.0
+    tcp_idle: Duration = 7200.0
+    udp_idle: Duration = 60.0
+
+
+class Limits(Section):
+    """How many flows there may be at a time, over all workers."""
+
+    max_flows: FlowCount = 65536
+    max_flows_per_client: FlowCount = DEFAULT_PER_CLIENT
+
+    @model_validator(mode="before")
+    @classmethod
+    def _follow_down(cls, data: Any) -> Any:
+        """A default must not contradict what the operator wrote."""
+        if not isinstance(data, Mapping) or "max_flows_per_client" in data:
+            return data
+        most = data.get("max_flows")
+        if isinstance(most, int) and 1 <= most < DEFAULT_PER_CLIENT:
+            return {**data, "max_flows_per_client": most}
+        return data
+
+    @field_validator("max_flows_per_client")
+    @classmethod
+    def _within_all(cls, per_client: int, info: ValidationInfo) -> int:
+        most = info.data.get("max_flows", per_client)
+        if per_client > most:
+            raise ValueError(f"{per_client} is more than max_flows ({most}); lower it or raise max_flows")
+        return per_client
+
+
+class Logging(Section):
+    """What tproxyd writes to its log, and in which shape."""
+
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    format: Literal["text", "json"] = "text"
+    flows: StrictBool = False
+
+
+def _only_one(listeners: tuple[TproxyListener, ...]) -> tuple[TproxyListener, ...]:
+    if not listeners:
+        raise ValueError("the list is empty; leave the key out for a tproxy listener on port 7440")
+    names: set[str] = set()
+    wrong: list[InitErrorDetails] = []
+    for index, listener in enumerate(listeners):
+        if listener.name in names:
+            error = ValueError(f"{shown(listener.name)} names another listener, too; give each its own name")
+            wrong.append(problem(error, listener.name, index, "name"))
+        if index > 0:
+            error = ValueError("a second tproxy listener; this version has exactly one, remove this")
+            wrong.append(problem(error, listener, index))
+        names.add(listener.name)
+    if wrong:
+        raise ValidationError.from_exception_data("listeners", wrong)
+    return listeners
+
+
+def _with_direct(backends: Mapping[str, DirectBackend]) -> Mapping[str, DirectBackend]:
+    return {"direct": DirectBackend(), **backends}
+
+
+class Config(Section):
+    """The whole configuration."""
+
+    not_yet: ClassVar[frozenset[str]] = frozenset({"rules", "control"})
+
+    interception: Interception = Field(examples=["{interfaces: [lan0]}"])
+    listeners: Annotated[tuple[TproxyListener, ...], AfterValidator(_only_one)] = (
+        TproxyListener(name="tproxy", port=7440),
+    )
+    backends: Annotated[Mapping[Name, DirectBackend], AfterValidator(_with_direct)] = Field(
+        default_factory=lambda: {"direct": DirectBackend()}
+    )
+    default: StrictStr = "direct"
+    timeouts: Timeouts = Timeouts()
+    limits: Limits = Limits()
+    workers: Workers = "auto"
+    user: Account = "nobody"
+    logging: Logging = Logging()
+
+    @field_validator("default")
+    @classmethod
+    def _names_a_backend(cls, default: str, info: ValidationInfo) -> str:
+        backends = info.data.get("backends")  # absent if something is wrong with the backends themselves
+        if backends is not None and default not in backends:
+            raise ValueError(f"there is no backend {shown(default)}; write {one_of(backends)}")
+        return default
