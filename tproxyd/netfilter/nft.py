@@ -18,8 +18,9 @@ LEASE_SET: Final = "lease"
 
 _ADDRESS: Final = {4: "ip", 6: "ip6"}
 _OUR_SOCKET: Final = "socket transparent 1 socket wildcard 0"
-_RELAYED: Final = "meta l4proto { tcp, udp, icmp, ipv6-icmp }"
-_NOT_SYN: Final = "meta l4proto tcp tcp flags & (fin | syn | rst | ack) != syn"
+_RELAYED: Final = "meta l4proto { icmp, tcp, udp, ipv6-icmp }"
+_SYN: Final = "tcp flags syn / fin,syn,rst,ack"
+_NOT_SYN: Final = "tcp flags != syn / fin,syn,rst,ack"
 
 
 def render(ruleset: Ruleset) -> str:
@@ -35,20 +36,6 @@ def table(ruleset: Ruleset) -> str:
         blocks.append(f"\tset {LEASE_SET} {{\n\t\ttype nf_proto\n\t\tflags timeout\n\t}}\n")
     blocks += [_chain(name, lines) for name, lines in chains(ruleset).items()]
     return f"table {TABLE} {{\n" + "\n".join(blocks) + "}\n"
-
-
-def renew_lease(ruleset: Ruleset, lease_s: int) -> str:
-    """Return the transaction that makes the lease last `lease_s` seconds from now; 0 takes it back.
-
-    Adding a live element again does not move its end before Linux 6.12, so it is deleted first; the `add`
-    before that keeps the deletion from failing where the element has expired.
-    """
-    elements = ", ".join(f"ipv{version}" for version in ruleset.versions)
-    lines = [f"add element {TABLE} {LEASE_SET} {{ {elements} }}", f"delete element {TABLE} {LEASE_SET} {{ {elements} }}"]
-    if lease_s:
-        timed = ", ".join(f"ipv{version} timeout {lease_s}s" for version in ruleset.versions)
-        lines.append(f"add element {TABLE} {LEASE_SET} {{ {timed} }}")
-    return "\n".join(lines) + "\n"
 
 
 def chains(ruleset: Ruleset) -> dict[str, list[str]]:
@@ -79,14 +66,15 @@ def _intercept_chain(ruleset: Ruleset) -> list[str]:
     listener take over. A socket's mark can be read of full sockets only, so what is not known to be on the
     server side (half-open, TIME_WAIT) is taken for the client side.
     """
+    interfaces = _members(f'"{name}"' for name in ruleset.interfaces)
     lines = ["type filter hook prerouting priority raw; policy accept;"]
     if ruleset.own_traffic:
         lines.append(f'iifname "lo" {_matches(ruleset.mark)} goto own_flow')
     return [
         *lines,
-        f"iifname != {_members(f'"{name}"' for name in ruleset.interfaces)} return",
+        f"iifname != {interfaces} return",
         f"{_RELAYED.replace('{', '!= {')} return",
-        "tcp flags & (fin | syn | rst | ack) == syn goto new_flow",
+        f"{_SYN} goto new_flow",
         f"{_OUR_SOCKET} {_matches(ruleset.server_mark, 'socket mark')} return",
         f"{_OUR_SOCKET} notrack {_set(ruleset.mark)} accept",
         "goto new_flow",
@@ -162,4 +150,3 @@ def _set(mark: Mark) -> str:
     if mark.value == mark.mask:
         return f"meta mark set meta mark | 0x{mark.value:08x}"
     return f"meta mark set meta mark & 0x{~mark.mask & 0xFFFFFFFF:08x} | 0x{mark.value:08x}"
-

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import json
-from typing import Any, Final
+import re
+from typing import Final
 
 from tproxyd.errors import RulesetError
 from tproxyd.netfilter import libnftables, nft
 from tproxyd.netfilter.plan import Ruleset
 
 _DIGESTS: Final = "applied"
+_FEW: Final = 20
 
 
 class NftPart:
@@ -30,16 +31,16 @@ class NftPart:
 
     def check(self) -> None:
         """As `Part.check`: a table of our name must be ours."""
-        for item in _list_table():
-            if "table" in item and item["table"].get("comment") != nft.OWNER_COMMENT:
-                raise RulesetError(f"nftables table {nft.TABLE} exists and is not tproxyd's: rename or delete it")
+        if _exists() and f'\tcomment "{nft.OWNER_COMMENT}"\n' not in _listing():
+            raise RulesetError(f"nftables table {nft.TABLE} exists and is not tproxyd's: rename or delete it")
 
     def difference(self) -> str:
         """As `Part.difference`."""
-        if self._is_applied():
+        listing = _listing() if _exists() else ""
+        if self._comment(listing) in listing:
             return ""
-        held = _without_digests(_listing()).splitlines() if _exists() else []
-        wanted = nft.table(self._wanted()).splitlines()
+        held = _summary(_without_set(listing, _DIGESTS))
+        wanted = _summary(nft.table(self._wanted()))
         lines = list(difflib.unified_diff(held, wanted, "nftables now", "nftables wanted", lineterm="", n=1))
         return "\n".join(lines) or "nftables: the table was changed by hand and is written again"
 
@@ -51,10 +52,8 @@ class NftPart:
         """As `Part.write`."""
         text = nft.render(self._wanted())
         libnftables.run(text)
-        held = _list_table()
-        self._verify(held)
-        comment = f"{_digest(text)} {_listing_digest(held)}"
-        libnftables.run(f'add set {nft.TABLE} {_DIGESTS} {{ type mark; comment "{comment}"; }}')
+        self._verify()
+        libnftables.run(f"add set {nft.TABLE} {_DIGESTS} {{ type mark; {self._comment(_listing())}; }}")
 
     def restore(self, snapshot: str | None) -> None:
         """As `Part.restore`."""
@@ -65,12 +64,13 @@ class NftPart:
             raise ValueError("no ruleset to write")
         return self._ruleset
 
-    def _is_applied(self) -> bool:
-        held = _list_table()
-        comment = next((i["set"].get("comment", "") for i in held if i.get("set", {}).get("name") == _DIGESTS), "")
-        return bool(comment == f"{_digest(nft.render(self._wanted()))} {_listing_digest(held)}")
+    def _comment(self, listing: str) -> str:
+        """The digests of what is asked for and of what the kernel shows: the lease comes and goes, so it is left out."""
+        shown = _without_set(_without_set(listing, _DIGESTS), nft.LEASE_SET)
+        return f'comment "{_digest(nft.render(self._wanted()))} {_digest(shown)}"'
 
-    def _verify(self, held: list[dict[str, Any]]) -> None:
+    def _verify(self) -> None:
+        held = libnftables.run_json(f"list table {nft.TABLE}")
         ruleset = self._wanted()
         chains = nft.chains(ruleset)
         wanted = {
@@ -90,47 +90,35 @@ class NftPart:
             raise RulesetError(f"nftables took the ruleset, but shows {seen} in place of {wanted}")
 
 
-def renew_lease(ruleset: Ruleset, lease_s: int) -> None:
-    """Let an open gateway go on intercepting for `lease_s` seconds; 0: stop at once.
-
-    Raises:
-        RulesetError: the table is gone.
-    """
-    libnftables.run(nft.renew_lease(ruleset, lease_s))
-
-
 def _exists() -> bool:
     tables = libnftables.run_json("list tables inet")
     return any(item.get("table", {}).get("name") == nft.TABLE.split()[1] for item in tables)
-
-
-def _list_table() -> list[dict[str, Any]]:
-    return libnftables.run_json(f"list table {nft.TABLE}") if _exists() else []
 
 
 def _listing() -> str:
     return libnftables.run(f"list table {nft.TABLE}", stateless=True)
 
 
-def _without_digests(listing: str) -> str:
+def _without_set(listing: str, name: str) -> str:
     lines = listing.splitlines(keepends=True)
-    start = next((i for i, line in enumerate(lines) if line.startswith(f"\tset {_DIGESTS} ")), None)
+    start = next((i for i, line in enumerate(lines) if line.startswith(f"\tset {name} ")), None)
     if start is None:
         return listing
     end = lines.index("\t}\n", start)
     return "".join(lines[:start] + lines[end + 2 :])
 
 
-def _listing_digest(held: list[dict[str, Any]]) -> str:
-    """Digest of what the kernel shows, but for handles, the lease's elements and the digests themselves."""
-    shown = []
-    for item in held:
-        ((kind, body),) = item.items()
-        if kind == "set" and body["name"] == _DIGESTS:
-            continue
-        dropped = {"handle", "elem"} if kind == "set" and body["name"] == nft.LEASE_SET else {"handle"}
-        shown.append({kind: {key: value for key, value in body.items() if key not in dropped}})
-    return _digest(json.dumps(shown, sort_keys=True))
+def _summary(listing: str) -> list[str]:
+    """The listing's lines for a human's diff: a set's elements one a line, or in a few words where they are many."""
+
+    def elements(found: re.Match[str]) -> str:
+        prefixes = sorted(found[1].replace(",", " ").split())
+        if len(prefixes) > _FEW:
+            prefixes = [f"({len(prefixes)} prefixes, digest {_digest(' '.join(prefixes))})"]
+        return "\n".join(f"\t\telement {prefix}" for prefix in prefixes)
+
+    shown = re.sub(r"\t\telements = \{([^}]*)\}", elements, listing)
+    return [line for line in shown.splitlines() if line]
 
 
 def _digest(text: str) -> str:

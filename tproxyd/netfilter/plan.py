@@ -130,3 +130,27 @@ def _prefix_set(
     prefixes += [prefix for prefix in configured if prefix.version == version]
     collapsed = collapse_addresses(prefixes)  # type: ignore[type-var]  # one version only
     return PrefixSet(field, version, tuple(str(prefix) for prefix in collapsed))
+
+
+def as_json(ruleset: Ruleset) -> dict[str, object]:
+    """The ruleset as plain JSON values; marks and ports as they are written in the configuration."""
+    return {
+        "interfaces": list(ruleset.interfaces),
+        "excluded": {prefix_set.name: list(prefix_set.prefixes) for prefix_set in ruleset.excluded},
+        "intercept": [
+            {
+                "network": str(intercept.network),
+                "version": intercept.version,
+                "ports": [str(ports) for ports in intercept.ports],
+                "listener": {"address": intercept.address, "port": intercept.port},
+            }
+            for intercept in ruleset.intercepts
+        ],
+        "own_traffic": ruleset.own_traffic,
+        "on_failure": "open" if ruleset.lease else "closed",
+        "mark": str(ruleset.mark),
+        "client_mark": str(ruleset.client_mark),
+        "server_mark": str(ruleset.server_mark),
+        "route_table": ruleset.route_table,
+        "rule_priority": ruleset.rule_priority,
+    }

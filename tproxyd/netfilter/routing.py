@@ -112,8 +112,7 @@ class RoutingPart:
                 _change(netlink, "del", item)
         if (seen := self._read()) != want:
             raise RulesetError(
-                "policy routing differs after writing it: "
-                + "; ".join(str(item) for item in _ordered(seen ^ want))
+                "policy routing differs after writing it: " + "; ".join(str(item) for item in _ordered(seen ^ want))
             )
 
     def _wanted(self) -> Ruleset:
@@ -183,7 +182,9 @@ def _check_rule(ruleset: Ruleset, version: int, message: Any) -> None:
     """Refuse a foreign rule that has our priority or table, or that would take our marked packets."""
     text = _describe_rule(version, message)
     if (message.get_attr("FRA_PRIORITY") or 0) == ruleset.rule_priority:
-        raise RulesetError(f"rule priority {ruleset.rule_priority} is in use: {text}: set another interception.rule_priority")
+        raise RulesetError(
+            f"rule priority {ruleset.rule_priority} is in use: {text}: set another interception.rule_priority"
+        )
     if _table(message) == ruleset.route_table:
         raise RulesetError(f"route table {ruleset.route_table} is in use: {text}: set another interception.route_table")
     mark, mask = message.get_attr("FRA_FWMARK"), message.get_attr("FRA_FWMASK")
@@ -203,7 +204,7 @@ def _describe_rule(version: int, message: Any) -> str:
 
 def _describe_route(message: Any) -> str:
     destination = message.get_attr("RTA_DST")
-    return f"the route {f'{destination}/{message["dst_len"]}' if destination else 'default'}"
+    return f"the route {destination}/{message['dst_len']}" if destination else "a default route"
 
 
 def _table(message: Any) -> int:

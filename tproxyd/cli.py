@@ -1,0 +1,164 @@
+"""Commands and exit codes, nothing else (sysexits.h where it has a word for it)."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from tproxyd import __version__
+from tproxyd.errors import (
+    ConfigError,
+    KernelUnsupported,
+    PermissionDenied,
+    TproxydError,
+    TryAgain,
+)
+
+if TYPE_CHECKING:
+    from tproxyd.netfilter.apply import Application
+
+DEFAULT_CONFIG: Final = Path("/etc/tproxyd/tproxyd.yaml")
+
+EXIT_CODES: Final[tuple[tuple[type[TproxydError], int], ...]] = (
+    (ConfigError, 78),
+    (PermissionDenied, 77),
+    (KernelUnsupported, 69),
+    (TryAgain, 75),
+    (TproxydError, 1),
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit code; every error is lines on standard error, never a traceback."""
+    options = _parser().parse_args(arguments)
+    command: Callable[[argparse.Namespace], int] = options.command
+    try:
+        return command(options)
+    except TproxydError as error:
+        for line in str(error).splitlines():
+            print(f"tproxyd: error: {line}", file=sys.stderr)
+        return next(code for kind, code in EXIT_CODES if isinstance(error, kind))
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="tproxyd", description="A transparent proxy gateway that keeps the original four-tuple."
+    )
+    parser.add_argument("--version", action="version", version=f"tproxyd {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(name: str, command: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
+        found = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+        found.set_defaults(command=command)
+        if name != "remove-rules":
+            found.add_argument("-c", "--config", type=Path, default=DEFAULT_CONFIG, metavar="FILE")
+        return found
+
+    run = add("run", _run, "apply the rules and relay flows until SIGTERM; SIGUSR1 logs the counters")
+    run.add_argument("--keep-rules", action="store_true", help="leave the rules in place after a clean stop")
+    add("check-config", _check_config, "read the configuration and report every problem in it")
+    apply = add("apply-rules", _apply_rules, "bring nftables or iptables and policy routing to the configured state")
+    apply.add_argument("--dry-run", action="store_true", help="print what would change, change nothing")
+    apply.add_argument(
+        "--confirm", type=_seconds, metavar="SECONDS", help="take the change back unless it is confirmed in time"
+    )
+    add("remove-rules", _remove_rules, "take everything of tproxyd's out of the kernel, whatever made it")
+    show = add("show-rules", _show_rules, "print the rules that the configuration stands for")
+    show.add_argument("--format", choices=["nft", "iptables", "json"], help="default: what the configuration uses")
+    return parser
+
+
+def _seconds(text: str) -> int:
+    seconds = int(text) if text.isascii() and text.isdigit() else 0
+    if not 1 <= seconds <= 3600:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds from 1 to 3600")
+    return seconds
+
+
+def _run(options: argparse.Namespace) -> int:
+    from tproxyd.daemon.run import run
+
+    run(options.config, keep_rules=options.keep_rules)
+    return 0
+
+
+def _check_config(options: argparse.Namespace) -> int:
+    from tproxyd.config import load_config
+    from tproxyd.netfilter.plan import plan
+
+    ruleset = plan(load_config(options.config))
+    prefixes = sum(len(prefix_set.prefixes) for prefix_set in ruleset.excluded)
+    print(f"{options.config}: ok: {', '.join(ruleset.interfaces)}, {prefixes} excluded prefixes")
+    return 0
+
+
+def _apply_rules(options: argparse.Namespace) -> int:
+    application = _application(options)
+    for warning in application.check():
+        print(f"tproxyd: warning: {warning}", file=sys.stderr)
+    if options.dry_run:
+        print(application.difference() or "nothing to change")
+        return 0
+    if options.confirm:
+        return _apply_on_trial(application, options.confirm)
+    print("applied" if application.apply() else "nothing to change")
+    return 0
+
+
+def _apply_on_trial(application: Application, seconds: int) -> int:
+    from tproxyd.netfilter.confirm import Trial, asked_to_keep
+
+    with Trial(application, seconds) as trial:
+        if not application.apply():
+            trial.confirm()
+            print("nothing to change")
+            return 0
+        if asked_to_keep(seconds):
+            trial.confirm()
+            print("kept")
+            return 0
+    print("tproxyd: error: not confirmed: the rules are as they were before", file=sys.stderr)
+    return 1
+
+
+def _remove_rules(_: argparse.Namespace) -> int:
+    from tproxyd.netfilter.apply import remove
+
+    print("removed" if remove() else "nothing to remove")
+    return 0
+
+
+def _show_rules(options: argparse.Namespace) -> int:
+    from tproxyd.config import load_config
+    from tproxyd.netfilter import iptables, nft
+    from tproxyd.netfilter.plan import as_json, plan
+
+    config = load_config(options.config)
+    ruleset = plan(config)
+    form = options.format or {"nftables": "nft", "iptables": "iptables"}[config.interception.ruleset]
+    if form == "json":
+        print(json.dumps(as_json(ruleset), indent=2))
+    else:
+        print({"nft": nft, "iptables": iptables}[form].render(ruleset), end="")
+    return 0
+
+
+def _application(options: argparse.Namespace) -> Application:
+    from tproxyd.config import load_config
+    from tproxyd.netfilter.apply import Application
+
+    return Application(load_config(options.config))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,151 @@
+"""Reading the configuration and writing the rules, in a child of its own.
+
+100,000 prefixes cost some 200 MB for a moment, and pydantic, PyYAML and libnftables another 40: all of it goes
+away with the child. The supervisor gets back only what it needs to serve.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, Self
+
+from tproxyd.errors import TproxydError
+from tproxyd.relay.settings import DirectSettings, RelaySettings
+
+if TYPE_CHECKING:
+    from tproxyd.config import Config
+    from tproxyd.netfilter.plan import Ruleset
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A configuration, as far as a supervisor needs it.
+
+    Attributes:
+        settings: limits are those of the whole daemon.
+        listen: the addresses and ports the listeners are bound to, with their network.
+        lease: interception must be leased (`on_failure: open`), through nftables or iptables.
+    """
+
+    settings: RelaySettings
+    workers: int
+    listen: tuple[tuple[str, str, int], ...]
+    versions: tuple[int, ...]
+    lease: str | None
+
+
+class Preparation:
+    """The child, from fork to its second and last answer."""
+
+    def __init__(self, path: Path) -> None:
+        """Fork. Call it before any thread or event loop is there."""
+        reader, writer = os.pipe2(os.O_CLOEXEC)
+        self._pid = os.fork()
+        if not self._pid:
+            os.close(reader)
+            _child(path, writer)
+        os.close(writer)
+        self._answers: IO[bytes] = os.fdopen(reader, "rb")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Wait for the child to end."""
+        self._answers.close()
+        os.waitpid(self._pid, 0)
+
+    def prepared(self) -> Prepared:
+        """Wait for the configuration.
+
+        Raises:
+            ConfigError: it can't be used.
+        """
+        answer: Prepared = self._next()
+        return answer
+
+    def rules(self) -> list[str]:
+        """Wait until the rules are applied; return warnings.
+
+        Raises:
+            TproxydError: as `Application.apply`; nothing has changed then.
+        """
+        answer: list[str] = self._next()
+        return answer
+
+    def _next(self) -> Any:
+        try:
+            answer = pickle.load(self._answers)  # noqa: S301  # our own child, with our own rights
+        except EOFError as error:
+            raise TproxydError("reading the configuration ended without an answer (out of memory?)") from error
+        if isinstance(answer, BaseException):
+            raise answer
+        return answer
+
+
+def _child(path: Path, writer: int) -> None:
+    """Answer twice, then end without running anything of the parent's."""
+    code = 0
+    with os.fdopen(writer, "wb", buffering=0) as answers:
+        try:
+            _prepare(path, answers)
+        except (TproxydError, OSError) as error:
+            answers.write(pickle.dumps(error))
+        except BaseException as error:  # noqa: BLE001  # a child's border: reported, and the child ends
+            answers.write(pickle.dumps(TproxydError(f"internal error: {error!r}")))
+            code = 1
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _prepare(path: Path, answers: Any) -> None:
+    from tproxyd.config import load_config
+    from tproxyd.netfilter.apply import Application
+
+    config = load_config(path)
+    application = Application(config)
+    answers.write(pickle.dumps(summary(config, application.ruleset)))
+    warnings = application.check()
+    application.apply()
+    answers.write(pickle.dumps(warnings))
+
+
+def summary(config: Config, ruleset: Ruleset) -> Prepared:
+    """Reduce a configuration to what a supervisor needs."""
+    listen = {(str(i.network), i.address, i.port) for i in ruleset.intercepts}
+    workers = config.workers if isinstance(config.workers, int) else len(os.sched_getaffinity(0))
+    return Prepared(
+        settings=RelaySettings(
+            listener=config.listeners[0].name,
+            backends={n: DirectSettings(source=b.source, nat=b.nat) for n, b in config.backends.items()},
+            default=config.default,
+            connect_s=config.timeouts.connect,
+            tcp_idle_s=config.timeouts.tcp_idle,
+            udp_idle_s=config.timeouts.udp_idle,
+            max_flows=config.limits.max_flows,
+            max_flows_per_client=config.limits.max_flows_per_client,
+            client_mark=ruleset.client_mark.value,
+            server_mark=ruleset.server_mark.value,
+            log_level=config.logging.level,
+            log_format=config.logging.format,
+            log_flows=config.logging.flows,
+            user=config.user,
+        ),
+        workers=workers,
+        listen=tuple(sorted(listen)),
+        versions=ruleset.versions,
+        lease=config.interception.ruleset if ruleset.lease else None,
+    )
+
+
+def share(settings: RelaySettings, workers: int) -> RelaySettings:
+    """One worker's share of the limits, rounded up: the kernel spreads flows over workers by their client port."""
+    return replace(
+        settings,
+        max_flows=-(-settings.max_flows // workers),
+        max_flows_per_client=-(-settings.max_flows_per_client // workers),
+    )

@@ -1,0 +1,70 @@
+"""What a worker gives up for good: root, every capability but CAP_NET_RAW, and the way back (capabilities(7))."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import pwd
+import resource
+import struct
+from typing import Final
+
+from tproxyd.errors import PermissionDenied, TproxydError
+
+CAP_NET_RAW: Final = 13
+
+_PR_SET_KEEPCAPS: Final = 8
+_PR_CAPBSET_DROP: Final = 24
+_PR_SET_NO_NEW_PRIVS: Final = 38
+_CAPABILITY_VERSION_3: Final = 0x20080522
+_LAST_CAPABILITY: Final = 63
+
+
+def drop_to(user: str) -> None:
+    """Become `user` with CAP_NET_RAW alone, which is enough for IP_TRANSPARENT, foreign binds and SO_MARK.
+
+    Raises:
+        TproxydError: there is no such user.
+        PermissionDenied: this process is not allowed to (it needs CAP_SETUID, CAP_SETGID, CAP_SETPCAP).
+    """
+    try:
+        account = pwd.getpwnam(user)
+    except KeyError as error:
+        raise TproxydError(f"there is no user {user!r} for the workers: create it, or set another `user`") from error
+    libc = ctypes.CDLL(None, use_errno=True)
+    try:
+        _prctl(libc, _PR_SET_KEEPCAPS, 1)
+        for capability in range(_LAST_CAPABILITY + 1):
+            if capability != CAP_NET_RAW and libc.prctl(_PR_CAPBSET_DROP, capability, 0, 0, 0):
+                break  # past the last one this kernel knows
+        os.setgroups([])
+        os.setresgid(account.pw_gid, account.pw_gid, account.pw_gid)
+        os.setresuid(account.pw_uid, account.pw_uid, account.pw_uid)
+        _set_capabilities(libc, 1 << CAP_NET_RAW)
+        _prctl(libc, _PR_SET_NO_NEW_PRIVS, 1)
+    except OSError as error:
+        raise PermissionDenied(f"a worker can't become {user!r} with CAP_NET_RAW: {error}: run as root") from error
+
+
+def raise_descriptor_limit() -> int:
+    """Raise the soft limit of open files to the hard one; return it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return hard
+
+
+def _prctl(libc: ctypes.CDLL, option: int, value: int) -> None:
+    if libc.prctl(option, value, 0, 0, 0):
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
+
+
+def _set_capabilities(libc: ctypes.CDLL, mask: int) -> None:
+    """Set effective and permitted to `mask`, inheritable to nothing; the sets travel as two 32-bit halves."""
+    header = ctypes.create_string_buffer(struct.pack("=Ii", _CAPABILITY_VERSION_3, 0))
+    low, high = mask & 0xFFFFFFFF, mask >> 32
+    data = ctypes.create_string_buffer(struct.pack("=6I", low, low, 0, high, high, 0))
+    if libc.capset(header, data):
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))

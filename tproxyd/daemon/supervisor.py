@@ -1,0 +1,274 @@
+"""The supervisor: owns the listening sockets, the workers and the lease; relays nothing, parses nothing foreign.
+
+Each worker slot has listening sockets of its own (SO_REUSEPORT). A worker that dies is replaced by one that
+takes over the very sockets, accept queue included.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import signal
+import socket
+import sys
+from collections import Counter
+from collections.abc import Callable
+from time import monotonic
+from typing import Any, Final
+
+from tproxyd.daemon.notify import notify
+from tproxyd.daemon.preparation import Prepared, share
+from tproxyd.daemon.worker import MESSAGE_BYTES
+from tproxyd.errors import PermissionDenied, RulesetError, TproxydError
+from tproxyd.netfilter.plan import LEASE_S
+from tproxyd.relay import sockets
+
+_HEARTBEAT_S: Final = 1.0
+_SILENT_S: Final = 4.0
+_READY_S: Final = 15.0
+_STOP_S: Final = 3.0
+_SHORT_LIFE_S: Final = 2.0
+_FIRST_DELAY_S: Final = 0.1
+_LONGEST_DELAY_S: Final = 5.0
+
+_log = logging.getLogger(__name__)
+
+
+class Slot:
+    """A worker's place: its listening sockets, and the process that serves them now.
+
+    Attributes:
+        ready: set once a worker of this slot serves.
+        failure: why a worker refused to start.
+        heard: monotonic seconds of the last message.
+        counters: the worker's last counters.
+    """
+
+    def __init__(self, number: int, prepared: Prepared) -> None:
+        """Open the slot's listening sockets.
+
+        Raises:
+            OSError: the kernel refused one.
+        """
+        self.number = number
+        self.ready = asyncio.Event()
+        self.failure: str | None = None
+        self.heard = 0.0
+        self.counters: dict[str, int] = {}
+        self.process: asyncio.subprocess.Process | None = None
+        self._stopping = False
+        self._settings = share(prepared.settings, prepared.workers)
+        self._channel: socket.socket | None = None
+        self._listeners: list[tuple[str, socket.socket]] = []
+        openers = {"tcp": sockets.tcp_listener, "udp": sockets.udp_listener}
+        try:
+            for network, address, port in prepared.listen:
+                self._listeners.append((network, openers[network](address, port, self._settings.client_mark)))
+        except BaseException:
+            self.close()
+            raise
+
+    def tell(self, message: dict[str, Any]) -> None:
+        """Send a message to the worker, if there is one."""
+        if self._channel is not None:
+            try:
+                self._channel.send(json.dumps(message).encode())
+            except OSError:
+                _log.debug("worker %d does not listen", self.number)
+
+    async def serve(self) -> None:
+        """Keep a worker running until cancelled."""
+        delay_s = _FIRST_DELAY_S
+        while True:
+            started = monotonic()
+            code = await self._run_worker()
+            self.counters = {}
+            if self.failure is not None or self._stopping:
+                self.ready.set()
+                return
+            delay_s = _FIRST_DELAY_S if monotonic() - started > _SHORT_LIFE_S else min(2 * delay_s, _LONGEST_DELAY_S)
+            _log.error("worker %d ended (%s): starting another in %.1f s", self.number, _how(code), delay_s)
+            await asyncio.sleep(delay_s)
+
+    async def stop(self) -> None:
+        """End the worker, in order if it listens."""
+        self._stopping = True
+        process = self.process
+        if process is None or process.returncode is not None:
+            return
+        self.tell({"do": "stop"})
+        try:
+            await asyncio.wait_for(process.wait(), _STOP_S)
+        except TimeoutError:
+            _log.error("worker %d does not stop: killed", self.number)
+            process.kill()
+            await process.wait()
+
+    def close(self) -> None:
+        """Close the listening sockets."""
+        for _, listener in self._listeners:
+            listener.close()
+        self._listeners.clear()
+
+    async def _run_worker(self) -> int:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        loop = asyncio.get_running_loop()
+        with ours:
+            with theirs:
+                arguments = [f"{network}:{listener.fileno()}" for network, listener in self._listeners]
+                ours.send(self._settings.to_json())
+                ours.setblocking(False)
+                self.process = await asyncio.create_subprocess_exec(
+                    *(sys.executable, "-P", "-m", "tproxyd.daemon.worker", str(theirs.fileno()), *arguments),
+                    pass_fds=(theirs.fileno(), *(listener.fileno() for _, listener in self._listeners)),
+                    stdin=asyncio.subprocess.DEVNULL,
+                )
+            self._channel = ours
+            loop.add_reader(ours.fileno(), self._on_message, ours)
+            try:
+                return await self.process.wait()
+            finally:
+                self._channel = None
+                loop.remove_reader(ours.fileno())
+                self._drain(ours)
+
+    def _drain(self, channel: socket.socket) -> None:
+        """Read what a worker said right before it ended."""
+        while self._on_message(channel):
+            pass
+
+    def _on_message(self, channel: socket.socket) -> bool:
+        try:
+            data = channel.recv(MESSAGE_BYTES)
+        except OSError:
+            return False
+        if not data:
+            asyncio.get_running_loop().remove_reader(channel.fileno())
+            return False
+        message = json.loads(data)
+        self.heard = monotonic()
+        if "failed" in message:
+            self.failure = str(message["failed"])
+        if "counters" in message:
+            self.counters = message["counters"]
+        if message.get("ready"):
+            self.ready.set()
+        return True
+
+
+class Supervisor:
+    """All slots, the lease, the signals."""
+
+    def __init__(self, prepared: Prepared, rules: Callable[[], list[str]]) -> None:
+        """Args: rules: waits until the rules are applied and returns warnings; it may block."""
+        self._prepared = prepared
+        self._rules = rules
+        self._slots: list[Slot] = []
+        self._stop = asyncio.Event()
+        self._lease_lost = False
+
+    async def run(self) -> None:
+        """Serve until SIGTERM or SIGINT.
+
+        Raises:
+            TproxydError: the daemon could not start; the rules are not applied, or are taken back by the caller.
+        """
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._stop.set)
+        loop.add_signal_handler(signal.SIGUSR1, self._log_counters)
+        tasks: list[asyncio.Task[None]] = []
+        try:
+            self._open_slots()
+            tasks = [asyncio.create_task(slot.serve()) for slot in self._slots]
+            await self._start()
+            await self._serve()
+        finally:
+            notify("STOPPING=1")
+            await self._end(tasks)
+
+    def _open_slots(self) -> None:
+        for number in range(self._prepared.workers):
+            try:
+                self._slots.append(Slot(number, self._prepared))
+            except PermissionError as error:
+                raise PermissionDenied(f"no transparent socket ({error}): run as root or with CAP_NET_RAW") from error
+            except OSError as error:
+                ports = {port for _, _, port in self._prepared.listen}
+                raise TproxydError(
+                    f"the listener can't be opened on port {ports}: {error}: set another port"
+                ) from error
+
+    async def _start(self) -> None:
+        warnings = await asyncio.get_running_loop().run_in_executor(None, self._rules)
+        for warning in warnings:
+            _log.warning("%s", warning)
+        try:
+            async with asyncio.timeout(_READY_S):
+                for slot in self._slots:
+                    await slot.ready.wait()
+                    if slot.failure is not None:
+                        raise TproxydError(slot.failure)
+        except TimeoutError as error:
+            raise TproxydError(f"the workers were not ready within {_READY_S:.0f} s") from error
+        await self._renew_lease()
+        _log.info(
+            "serving with %d workers on %s",
+            len(self._slots),
+            ", ".join(f"{network} {address} port {port}" for network, address, port in self._prepared.listen),
+        )
+        notify("READY=1")
+
+    async def _serve(self) -> None:
+        while not self._stop.is_set():
+            for slot in self._slots:
+                slot.tell({"do": "count"})
+            try:
+                await asyncio.wait_for(self._stop.wait(), _HEARTBEAT_S)
+            except TimeoutError:
+                await self._renew_lease()
+        _log.info("stopping")
+
+    async def _end(self, tasks: list[asyncio.Task[None]]) -> None:
+        await self._renew_lease(0)
+        await asyncio.gather(*(slot.stop() for slot in self._slots))
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for slot in self._slots:
+            slot.close()
+
+    async def _renew_lease(self, lease_s: int = LEASE_S) -> None:
+        """Renew the lease of an open gateway as long as a worker answers; a thread does it, netlink can block."""
+        how = self._prepared.lease
+        if how is None or (lease_s and all(monotonic() - slot.heard > _SILENT_S for slot in self._slots)):
+            return
+        try:
+            await asyncio.get_running_loop().run_in_executor(None, _renew_lease, how, self._prepared.versions, lease_s)
+            self._lease_lost = False
+        except RulesetError as error:
+            if not self._lease_lost and lease_s:
+                _log.error("%s: the gateway is open", error)
+            self._lease_lost = True
+
+    def _log_counters(self) -> None:
+        total: Counter[str] = Counter()
+        for slot in self._slots:
+            total.update(slot.counters)
+        _log.info("counters %s", json.dumps(dict(total)))
+
+
+def _renew_lease(how: str, versions: tuple[int, ...], lease_s: int) -> None:
+    if how == "nftables":
+        from tproxyd.netfilter import nfnetlink
+
+        nfnetlink.renew_lease(versions, lease_s)
+    else:
+        from tproxyd.netfilter import ipset
+
+        ipset.renew_lease(versions, lease_s)
+
+
+def _how(code: int) -> str:
+    return f"signal {-code}" if code < 0 else f"exit code {code}"

@@ -1,0 +1,146 @@
+"""A worker: relays flows from the listening sockets it was handed, as its own user with CAP_NET_RAW alone.
+
+`python -m tproxyd.daemon.worker CHANNEL tcp:FD udp:FD ...`: CHANNEL is a SOCK_SEQPACKET socket to the
+supervisor. Its first message are the settings; then the supervisor asks, and the worker answers in JSON. When
+the supervisor is gone, the worker takes nothing new and ends with its last flow.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import json
+import logging
+import signal
+import socket
+import sys
+from typing import Any, Final
+
+from tproxyd.daemon.log import log_flow_end, set_up_logging
+from tproxyd.daemon.privileges import drop_to, raise_descriptor_limit
+from tproxyd.errors import TproxydError
+from tproxyd.policy import Policy
+from tproxyd.relay.backends.direct import Direct
+from tproxyd.relay.counters import Counters
+from tproxyd.relay.icmp import IcmpSender
+from tproxyd.relay.limits import FlowLimits
+from tproxyd.relay.poller import Poller
+from tproxyd.relay.settings import RelaySettings
+from tproxyd.relay.tcp import TcpRelay
+from tproxyd.relay.udp import UdpRelay
+
+MESSAGE_BYTES: Final = 1 << 18
+_ORPHAN_CHECK_S: Final = 1.0
+_log = logging.getLogger(__name__)
+
+
+class Worker:
+    """Everything a worker owns, put together."""
+
+    def __init__(self, settings: RelaySettings, channel: socket.socket, loop: asyncio.AbstractEventLoop) -> None:
+        """Build the relays; `listen` starts them."""
+        self._loop = loop
+        self._channel = channel
+        self._done = loop.create_future()
+        self._counters = Counters()
+        self._poller = Poller(loop, self._counters)
+        self._icmp = IcmpSender(settings.client_mark, self._counters)
+        shared: dict[str, Any] = {
+            "loop": loop,
+            "poller": self._poller,
+            "policy": Policy(settings.default),
+            "backends": {
+                name: Direct(backend, settings.server_mark, self._counters)
+                for name, backend in settings.backends.items()
+            },
+            "limits": FlowLimits(settings.max_flows, settings.max_flows_per_client),
+            "counters": self._counters,
+            "icmp_sender": self._icmp,
+            "listener_name": settings.listener,
+            "on_end": log_flow_end if settings.log_flows else None,
+        }
+        self._tcp = TcpRelay(**shared, connect_s=settings.connect_s, idle_s=settings.tcp_idle_s)
+        self._udp = UdpRelay(**shared, idle_s=settings.udp_idle_s, client_mark=settings.client_mark)
+
+    async def serve(self, listeners: list[tuple[str, socket.socket]]) -> None:
+        """Relay until told to stop, or until orphaned and idle."""
+        for network, listener in listeners:
+            (self._tcp if network == "tcp" else self._udp).listen(listener)
+        self._loop.add_reader(self._channel.fileno(), self._on_message)
+        self._tell({"ready": True})
+        try:
+            await self._done
+        finally:
+            self._tcp.close()
+            self._udp.close()
+            self._icmp.close()
+            self._poller.close()
+
+    def _on_message(self) -> None:
+        try:
+            message = self._channel.recv(MESSAGE_BYTES)
+        except BlockingIOError:
+            return
+        except OSError:
+            message = b""
+        if not message:
+            self._orphaned()
+            return
+        asked = json.loads(message).get("do")
+        if asked == "count":
+            self._tell({"counters": self._counters.as_dict()})
+        elif asked == "stop" and not self._done.done():
+            self._done.set_result(None)
+
+    def _tell(self, message: dict[str, Any]) -> None:
+        try:
+            self._channel.send(json.dumps(message).encode())
+        except OSError:
+            _log.debug("the supervisor does not listen")
+
+    def _orphaned(self) -> None:
+        self._loop.remove_reader(self._channel.fileno())
+        _log.error("the supervisor is gone: taking nothing new, ending with the last of %d flows", self._counters.flows)
+        self._tcp.stop_listening()
+        self._udp.stop_listening()
+        self._end_when_idle()
+
+    def _end_when_idle(self) -> None:
+        if self._counters.flows:
+            self._loop.call_later(_ORPHAN_CHECK_S, self._end_when_idle)
+        elif not self._done.done():
+            self._done.set_result(None)
+
+
+def main(arguments: list[str]) -> int:
+    """Run a worker; see the module."""
+    import uvloop
+
+    channel = socket.socket(fileno=int(arguments[0]))
+    listeners = []
+    for argument in arguments[1:]:
+        network, _, fd = argument.partition(":")
+        listeners.append((network, socket.socket(fileno=int(fd))))
+    settings = RelaySettings.from_json(channel.recv(MESSAGE_BYTES))
+    for held in (channel, *(listener for _, listener in listeners)):
+        held.setblocking(False)
+    set_up_logging(settings.log_level, settings.log_format)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group: the supervisor decides
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise_descriptor_limit()
+    try:
+        drop_to(settings.user)
+    except TproxydError as error:
+        channel.send(json.dumps({"failed": str(error)}).encode())
+        return 1
+
+    async def serve() -> None:
+        gc.freeze()
+        await Worker(settings, channel, asyncio.get_running_loop()).serve(listeners)
+
+    uvloop.run(serve())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

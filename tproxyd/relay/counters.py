@@ -1,0 +1,30 @@
+"""What a worker counts. Plain integers: the supervisor adds the workers up."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+
+@dataclass(slots=True)
+class Counters:
+    """Totals since the worker's start, but for `flows`, which is the number alive now."""
+
+    flows: int = 0
+    tcp_flows: int = 0
+    udp_flows: int = 0
+    bytes_up: int = 0
+    bytes_down: int = 0
+    source_port_clashes: int = 0
+    refused_limit: int = 0
+    refused_loop: int = 0
+    connect_failures: int = 0
+    accept_pauses: int = 0
+    udp_dropped: int = 0
+    udp_without_orig_dst: int = 0
+    udp_raw_replies: int = 0
+    icmp_errors_sent: int = 0
+    flow_errors: int = 0
+
+    def as_dict(self) -> dict[str, int]:
+        """All counters by name."""
+        return asdict(self)

@@ -1,0 +1,122 @@
+"""One edge-triggered epoll object for all relayed flows, inside the event loop.
+
+An asyncio transport costs three times the CPU per connection. So flows live in an epoll object of their own,
+whose descriptor the loop watches like any other; when it is readable, a batch of events is handed out.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import select
+import socket
+from collections import deque
+from time import monotonic
+from typing import Final, Protocol
+
+from tproxyd.relay.counters import Counters
+
+EDGE: Final = select.EPOLLIN | select.EPOLLOUT | select.EPOLLRDHUP | select.EPOLLPRI | select.EPOLLET
+LEVEL: Final = select.EPOLLIN
+
+_BATCH: Final = 256
+_log = logging.getLogger(__name__)
+
+
+class Watcher(Protocol):
+    """Whoever owns a registered descriptor."""
+
+    def on_event(self, fd: int, events: int) -> None:
+        """Take an event of `fd`; `events` are EPOLL* bits."""
+
+    def abort(self, error: Exception) -> None:
+        """End: handling an event raised what nobody foresaw."""
+
+
+class Resumable(Protocol):
+    """Whoever has more to do than one turn allows."""
+
+    def resume(self) -> None:
+        """Go on where the last turn stopped."""
+
+    def abort(self, error: Exception) -> None:
+        """End: going on raised what nobody foresaw."""
+
+
+class Poller:
+    """Hands out events; closes sockets after the batch, so that no event meets a descriptor's next owner.
+
+    Attributes:
+        now: monotonic seconds at the start of the batch in hand.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, counters: Counters) -> None:
+        """Make the epoll object and let `loop` watch it until `close`."""
+        self._loop = loop
+        self._counters = counters
+        self._epoll = select.epoll()
+        self._watchers: dict[int, Watcher] = {}
+        self._closing: list[socket.socket] = []
+        self._waiting: deque[Resumable] = deque()
+        self.now = monotonic()
+        loop.add_reader(self._epoll.fileno(), self._on_ready)
+
+    def register(self, fd: int, watcher: Watcher, events: int = EDGE) -> None:
+        """Watch a descriptor; its first event comes at once if it is ready."""
+        self._epoll.register(fd, events)
+        self._watchers[fd] = watcher
+
+    def unregister(self, fd: int) -> None:
+        """Stop watching a descriptor that stays open."""
+        if self._watchers.pop(fd, None) is not None:
+            self._epoll.unregister(fd)
+
+    def close_socket(self, sock: socket.socket) -> None:
+        """Stop watching a socket and close it after the batch in hand."""
+        self._watchers.pop(sock.fileno(), None)
+        if not self._closing:
+            self._loop.call_soon(self._close_sockets)
+        self._closing.append(sock)
+
+    def later(self, resumable: Resumable) -> None:
+        """Let others have their turn before this one goes on."""
+        if not self._waiting:
+            self._loop.call_soon(self._resume)
+        self._waiting.append(resumable)
+
+    def close(self) -> None:
+        """Stop watching everything; the sockets are their owners'."""
+        self._close_sockets()
+        self._loop.remove_reader(self._epoll.fileno())
+        self._epoll.close()
+
+    def _on_ready(self) -> None:
+        self.now = monotonic()
+        watchers = self._watchers
+        for fd, events in self._epoll.poll(0, _BATCH):
+            watcher = watchers.get(fd)
+            if watcher is None:
+                continue
+            try:
+                watcher.on_event(fd, events)
+            except Exception as error:  # noqa: BLE001  # the program's one broad except: a flow dies, not the worker
+                self._supervise(watcher, error)
+
+    def _resume(self) -> None:
+        self.now = monotonic()
+        waiting, self._waiting = self._waiting, deque()
+        for resumable in waiting:
+            try:
+                resumable.resume()
+            except Exception as error:  # noqa: BLE001  # as above
+                self._supervise(resumable, error)
+
+    def _supervise(self, watcher: Watcher | Resumable, error: Exception) -> None:
+        self._counters.flow_errors += 1
+        _log.error("a flow ended by an unforeseen error: %r", error, exc_info=error)
+        watcher.abort(error)
+
+    def _close_sockets(self) -> None:
+        closing, self._closing = self._closing, []
+        for sock in closing:
+            sock.close()

@@ -1,0 +1,169 @@
+"""Every socket option and ancillary message that tproxyd uses, by what it is for.
+
+Sources: ip(7), ipv6(7), tcp(7), socket(7), Documentation/networking/tproxy.rst. Constants that Python 3.11's
+`socket` lacks are given their Linux numbers here. CAP_NET_RAW is enough for all of it (Linux 5.17 for SO_MARK;
+CAP_NET_ADMIN before).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import socket
+import struct
+from typing import Final
+
+from tproxyd.flow import Endpoint, OrigDst
+
+SOL_IPV6: Final = 41
+IPV6_TRANSPARENT: Final = 75
+IP_RECVORIGDSTADDR: Final = 20
+IPV6_RECVORIGDSTADDR: Final = 74
+IP_PKTINFO: Final = 8
+IP_RECVERR: Final = 11
+IPV6_RECVERR: Final = 25
+IP_BIND_ADDRESS_NO_PORT: Final = 24
+SO_ATTACH_FILTER: Final = 26
+
+LINGER_RESET: Final = struct.pack("ii", 1, 0)
+"""Closing sends RST at once; so does the kernel when the process dies, and a cut body never looks complete."""
+LINGER_OFF: Final = struct.pack("ii", 0, 0)
+
+BACKLOG: Final = 4096
+UDP_LISTENER_BUFFER_BYTES: Final = 4 << 20
+ORIG_DST_SPACE: Final = socket.CMSG_SPACE(28)
+
+CLASHES: Final = frozenset({errno.EADDRNOTAVAIL, errno.EADDRINUSE})
+"""What bind and connect answer when someone else has the wanted address and port."""
+
+_FAMILY: Final = {4: socket.AF_INET, 6: socket.AF_INET6}
+_LEVEL: Final = {4: socket.SOL_IP, 6: SOL_IPV6}
+_TRANSPARENT: Final = {4: socket.IP_TRANSPARENT, 6: IPV6_TRANSPARENT}
+_RECVORIGDSTADDR: Final = {4: IP_RECVORIGDSTADDR, 6: IPV6_RECVORIGDSTADDR}
+_RECVERR: Final = {4: IP_RECVERR, 6: IPV6_RECVERR}
+_NONBLOCKING_STREAM: Final = socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
+_NONBLOCKING_DATAGRAM: Final = socket.SOCK_DGRAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
+
+
+def tcp_listener(address: str, port: int, mark: int) -> socket.socket:
+    """Open a TPROXY listener; what it accepts inherits its options, the mark included.
+
+    It is bound to a loopback address, so only packets that a TPROXY rule hands over (and this box itself)
+    reach it: a scanner sees a closed port.
+    """
+    version = Endpoint(address, port).version
+    listener = _transparent(version, _NONBLOCKING_STREAM, mark)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, LINGER_RESET)
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        listener.bind((address, port))
+        listener.listen(BACKLOG)
+    except BaseException:
+        listener.close()
+        raise
+    return listener
+
+
+def udp_listener(address: str, port: int, mark: int) -> socket.socket:
+    """Open the socket that takes the first datagram of each flow, with its original destination beside it."""
+    version = Endpoint(address, port).version
+    listener = _transparent(version, _NONBLOCKING_DATAGRAM, mark)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        listener.setsockopt(_LEVEL[version], _RECVORIGDSTADDR[version], 1)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, UDP_LISTENER_BUFFER_BYTES)
+        listener.bind((address, port))
+    except BaseException:
+        listener.close()
+        raise
+    return listener
+
+
+def tcp_server_side(version: int, mark: int, *, transparent: bool) -> socket.socket:
+    """Open an unbound, non-blocking socket towards a server; a reset unless it is closed in order."""
+    sock = _transparent(version, _NONBLOCKING_STREAM, mark, transparent=transparent)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, LINGER_RESET)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return sock
+
+
+def udp_server_side(version: int, mark: int, *, transparent: bool) -> socket.socket:
+    """Open an unbound datagram socket that queues ICMP errors with what they are about (IP_RECVERR)."""
+    sock = _transparent(version, _NONBLOCKING_DATAGRAM, mark, transparent=transparent)
+    sock.setsockopt(_LEVEL[version], _RECVERR[version], 1)
+    return sock
+
+
+def udp_client_side(version: int, mark: int) -> socket.socket:
+    """Open an unbound datagram socket that will speak as the original destination."""
+    sock = _transparent(version, _NONBLOCKING_DATAGRAM, mark)
+    sock.setsockopt(_LEVEL[version], _RECVERR[version], 1)
+    return sock
+
+
+def raw_sender(version: int, protocol: int, mark: int) -> socket.socket:
+    """Open a raw socket that only sends, with whatever source address `sender_address` names.
+
+    A raw socket gets a copy of all that the box receives of its protocol; the filter drops it unseen.
+    """
+    sock = _transparent(version, socket.SOCK_RAW | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC, mark, protocol)
+    instructions = ctypes.create_string_buffer(struct.pack("HBBI", 0x06, 0, 0, 0))  # BPF_RET | BPF_K, 0 bytes
+    program = struct.pack("HP", 1, ctypes.addressof(instructions))
+    sock.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, program)
+    return sock
+
+
+def sender_address(address: str) -> list[tuple[int, int, bytes]]:
+    """Return the ancillary message that makes one datagram leave with this source address."""
+    if ":" in address:
+        info = struct.pack("16si", socket.inet_pton(socket.AF_INET6, address), 0)
+        return [(SOL_IPV6, socket.IPV6_PKTINFO, info)]
+    info = struct.pack("i4s4s", 0, socket.inet_aton(address), bytes(4))
+    return [(socket.SOL_IP, IP_PKTINFO, info)]
+
+
+def bind_address_only(sock: socket.socket, version: int, address: str) -> None:
+    """Bind to an address and leave the port to `connect`, which may share it among destinations."""
+    sock.setsockopt(socket.SOL_IP, IP_BIND_ADDRESS_NO_PORT, 1)
+    sock.bind((address, 0) if version == 4 else (address, 0, 0, 0))
+
+
+def is_local(address: str) -> bool:
+    """Tell whether an address is this box's own, by asking the kernel to bind to it."""
+    family = _FAMILY[Endpoint(address, 0).version]
+    with socket.socket(family, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as probe:
+        try:
+            probe.bind((address, 0))
+        except OSError:
+            return False
+    return True
+
+
+def orig_dst_of_datagram(ancillary: list[tuple[int, int, bytes]]) -> OrigDst | None:
+    """Return the original destination that came with a datagram (IP_RECVORIGDSTADDR); None if none did.
+
+    The message holds a `struct sockaddr_in` or `sockaddr_in6`, address and port in network byte order.
+    """
+    for level, kind, data in ancillary:
+        if level == socket.SOL_IP and kind == IP_RECVORIGDSTADDR:
+            return OrigDst(socket.inet_ntop(socket.AF_INET, data[4:8]), int.from_bytes(data[2:4], "big"))
+        if level == SOL_IPV6 and kind == IPV6_RECVORIGDSTADDR:
+            return OrigDst(socket.inet_ntop(socket.AF_INET6, data[8:24]), int.from_bytes(data[2:4], "big"))
+    return None
+
+
+def _transparent(version: int, kind: int, mark: int, protocol: int = 0, *, transparent: bool = True) -> socket.socket:
+    sock = socket.socket(_FAMILY[version], kind, protocol)
+    try:
+        sock.setblocking(False)
+        if transparent:
+            sock.setsockopt(_LEVEL[version], _TRANSPARENT[version], 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, mark)
+        if version == 6:
+            sock.setsockopt(SOL_IPV6, socket.IPV6_V6ONLY, 1)
+    except BaseException:
+        sock.close()
+        raise
+    return sock

@@ -1,0 +1,432 @@
+"""TCP flows from accept to their end.
+
+A flow is accepted, given its decision once, connected, pumped, ended; `TcpRelay` is what all flows of a worker
+share. An abnormal end closes sockets that linger for 0 seconds, which sends RST: that is the default, so that a
+killed process resets its flows too. Only the orderly end, both directions shut down, takes it back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import select
+import socket
+from collections.abc import Callable
+from time import monotonic
+from typing import Final
+
+from tproxyd.flow import LOOPBACK, Cause, Client, Decision, Flow, FlowEnd, Layer, Network, OrigDst, Phase
+from tproxyd.policy import Policy
+from tproxyd.relay import icmp, sockets
+from tproxyd.relay.backends.direct import Direct
+from tproxyd.relay.counters import Counters
+from tproxyd.relay.limits import FlowLimits
+from tproxyd.relay.pipes import PipePool
+from tproxyd.relay.poller import LEVEL, Poller
+from tproxyd.relay.pump import Direction, SinkReset, SourceReset
+
+_log = logging.getLogger(__name__)
+
+_ACCEPTS: Final = 64
+_PAUSE_S: Final = 0.1
+_TICK_S: Final = 0.25
+_SWEEPS_PER_IDLE: Final = 16
+_RESET_GRACE_S: Final = 2.0
+_RESET_CHECK_S: Final = 0.02
+
+_READABLE: Final = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR | select.EPOLLPRI
+_FAILED: Final = select.EPOLLERR | select.EPOLLHUP
+_EXHAUSTED: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+_UNREACHABLE: Final = frozenset(
+    {errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ENETDOWN, errno.EHOSTDOWN, errno.EACCES, errno.EPERM}
+)
+
+
+def cause_of_failed_connect(code: int) -> Cause:
+    """Return the cause behind the errno of a failed connect."""
+    if code == errno.ECONNREFUSED:
+        return Cause.REFUSED
+    if code == errno.ETIMEDOUT:
+        return Cause.TIMED_OUT
+    if code in _UNREACHABLE:
+        return Cause.UNREACHABLE
+    return Cause.RESOURCES if code in _EXHAUSTED else Cause.ERROR
+
+
+class TcpRelay:
+    """All TCP flows of a worker."""
+
+    def __init__(
+        self,
+        *,
+        loop: asyncio.AbstractEventLoop,
+        poller: Poller,
+        policy: Policy,
+        backends: dict[str, Direct],
+        limits: FlowLimits,
+        counters: Counters,
+        icmp_sender: icmp.IcmpSender,
+        listener_name: str,
+        connect_s: float,
+        idle_s: float,
+        on_end: Callable[[FlowEnd], None] | None,
+    ) -> None:
+        """Args: on_end: told of each flow's end; None where nobody listens."""
+        self.loop = loop
+        self.poller = poller
+        self.policy = policy
+        self.backends = backends
+        self.limits = limits
+        self.counters = counters
+        self.icmp = icmp_sender
+        self.pipes = PipePool()
+        self.on_end = on_end
+        self.flows: set[TcpFlow] = set()
+        self.connecting: dict[TcpFlow, float] = {}
+        self._listener_name = listener_name
+        self._listeners: dict[int, socket.socket] = {}
+        self._paused = False
+        self._connect_s = connect_s
+        self._idle_s = idle_s
+        self._next_sweep = 0.0
+        self._timer = loop.call_later(_TICK_S, self._tick)
+
+    def listen(self, listener: socket.socket) -> None:
+        """Take flows in from a listening socket, which is then owned here."""
+        self._listeners[listener.fileno()] = listener
+        self.poller.register(listener.fileno(), self, LEVEL)
+
+    def stop_listening(self) -> None:
+        """Take nothing new; running flows go on."""
+        for listener in self._listeners.values():
+            self.poller.close_socket(listener)
+        self._listeners.clear()
+
+    def close(self) -> None:
+        """End all flows with a reset and free everything."""
+        self.stop_listening()
+        self._timer.cancel()
+        for flow in list(self.flows):
+            flow.end(Cause.SHUTDOWN)
+        self.pipes.close()
+
+    def on_event(self, fd: int, events: int) -> None:  # noqa: ARG002  # a listener has one event
+        """Accept what is waiting, but let others have their turn."""
+        listener = self._listeners.get(fd)
+        if listener is None:
+            return
+        for _ in range(_ACCEPTS):
+            try:
+                client_side, peer = listener.accept()
+            except BlockingIOError:
+                return
+            except OSError as error:
+                if error.errno in _EXHAUSTED:
+                    self._pause(error)
+                    return
+                continue  # the client was gone before it was accepted (accept(2), ECONNABORTED and its kin)
+            self._take(client_side, Client(peer[0], peer[1]))
+            if self._paused:
+                return
+
+    def abort(self, error: Exception) -> None:
+        """Nothing to end: accepting goes on, `error` has been logged."""
+
+    def _take(self, client_side: socket.socket, client: Client) -> None:
+        try:
+            client_side.setblocking(False)
+            name = client_side.getsockname()
+        except OSError:
+            client_side.close()
+            return
+        orig_dst = OrigDst(name[0], name[1])
+        seen = Flow(Network.TCP, client, orig_dst, self._listener_name)
+        flow = TcpFlow(self, client_side, client, orig_dst)
+        if orig_dst.address == LOOPBACK[orig_dst.version]:
+            self.counters.refused_loop += 1
+            flow.refuse(Cause.LOOP)
+        elif not self.limits.take(client.address):
+            self.counters.refused_limit += 1
+            flow.refuse(Cause.LIMIT)
+        else:
+            self.counters.tcp_flows += 1
+            self.counters.flows += 1
+            self.flows.add(flow)
+            flow.open(self.policy.decide(seen))
+
+    def describe(self, flow: TcpFlow) -> Flow:
+        """Return the flow as policy saw it."""
+        return Flow(Network.TCP, flow.client, flow.orig_dst, self._listener_name)
+
+    def started_connecting(self, flow: TcpFlow) -> None:
+        """Bound how long a flow may take to connect."""
+        self.connecting[flow] = self.poller.now + self._connect_s
+
+    def pause_if_exhausted(self, code: int) -> None:
+        """Stop accepting for a moment when descriptors or memory ran out."""
+        if code in _EXHAUSTED and not self._paused:
+            self._pause(OSError(code, "opening a server-side socket"))
+
+    def _pause(self, error: OSError) -> None:
+        self.counters.accept_pauses += 1
+        self._paused = True
+        _log.warning("accepting no TCP flows for %.1f s: %s", _PAUSE_S, error)
+        for fd in self._listeners:
+            self.poller.unregister(fd)
+        self.loop.call_later(_PAUSE_S, self._resume_accepting)
+
+    def _resume_accepting(self) -> None:
+        self._paused = False
+        for fd in self._listeners:
+            self.poller.register(fd, self, LEVEL)
+
+    def _tick(self) -> None:
+        now = self.poller.now = monotonic()
+        while self.connecting:
+            flow, deadline = next(iter(self.connecting.items()))
+            if deadline > now:
+                break
+            self.counters.connect_failures += 1
+            flow.end(Cause.TIMED_OUT)
+        if now >= self._next_sweep:
+            self._next_sweep = now + max(_TICK_S, self._idle_s / _SWEEPS_PER_IDLE)
+            for flow in [flow for flow in self.flows if now - flow.last > self._idle_s]:
+                flow.end(Cause.IDLE)
+        self._timer = self.loop.call_later(_TICK_S, self._tick)
+
+
+class TcpFlow:
+    """One relayed TCP connection: two sockets, two directions.
+
+    Attributes:
+        last: monotonic seconds of its last event.
+        phase: how far it has come.
+    """
+
+    __slots__ = (
+        "_client_side",
+        "_decision",
+        "_down",
+        "_early",
+        "_relay",
+        "_reset_until",
+        "_server_side",
+        "_started",
+        "_up",
+        "client",
+        "last",
+        "orig_dst",
+        "phase",
+    )
+
+    def __init__(self, relay: TcpRelay, client_side: socket.socket, client: Client, orig_dst: OrigDst) -> None:
+        """Take over an accepted socket."""
+        self._relay = relay
+        self._client_side = client_side
+        self._server_side: socket.socket | None = None
+        self._decision: Decision | None = None
+        self._up: Direction | None = None
+        self._down: Direction | None = None
+        self._early = 0
+        self._reset_until = 0.0
+        self.client = client
+        self.orig_dst = orig_dst
+        self.phase = Phase.ACCEPT
+        self._started = self.last = relay.poller.now
+
+    def open(self, decision: Decision) -> None:
+        """Connect the server side as decided."""
+        self._decision = decision
+        self.phase = Phase.CONNECT
+        relay = self._relay
+        try:
+            self._server_side = relay.backends[decision.backend].connect(self.client, self.orig_dst)
+            relay.started_connecting(self)
+            relay.poller.register(self._server_side.fileno(), self)
+            relay.poller.register(self._client_side.fileno(), self)
+        except OSError as error:
+            self._fail_to_connect(error.errno or 0)
+
+    def refuse(self, cause: Cause) -> None:
+        """Reset a flow that was never taken in."""
+        self._relay.poller.close_socket(self._client_side)
+        self._report(cause)
+
+    def on_event(self, fd: int, events: int) -> None:
+        """Take an event of either socket."""
+        self.last = self._relay.poller.now
+        from_client = fd == self._client_side.fileno()
+        if self.phase is Phase.CONNECT:
+            self._while_connecting(events, from_client=from_client)
+            return
+        if self._up is None or self._down is None:
+            return
+        incoming, outgoing = (self._up, self._down) if from_client else (self._down, self._up)
+        if self._reset_until:
+            self._flush(outgoing)
+            return
+        if events & select.EPOLLRDHUP:
+            incoming.hangup = True
+        if events & select.EPOLLPRI:
+            incoming.urgent = True
+        if outgoing.blocked and events & (select.EPOLLOUT | _FAILED) and not self._move(outgoing):
+            return
+        if incoming.eof and events & select.EPOLLERR:
+            self._reset_by(incoming)
+        elif events & _READABLE and not incoming.blocked and not incoming.eof:
+            self._move(incoming)
+
+    def resume(self) -> None:
+        """Go on after a turn that was cut short."""
+        if self._up is None or self._down is None or self._reset_until:
+            return
+        for direction in (self._up, self._down):
+            if not direction.blocked and not direction.eof and not self._move(direction):
+                return
+
+    def abort(self, error: Exception) -> None:  # noqa: ARG002  # logged by the supervisor of flows
+        """End after an unforeseen error."""
+        self.end(Cause.ERROR)
+
+    def end(self, cause: Cause) -> None:
+        """Free everything; what is still open is reset, unless the cause is DONE."""
+        relay = self._relay
+        if self not in relay.flows:
+            return
+        relay.flows.discard(self)
+        relay.connecting.pop(self, None)
+        relay.limits.give_back(self.client.address)
+        relay.counters.flows -= 1
+        self._report(cause)
+        for side in (self._client_side, self._server_side):
+            if side is not None:
+                if cause is Cause.DONE:
+                    side.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, sockets.LINGER_OFF)
+                relay.poller.close_socket(side)
+        for direction in (self._up, self._down):
+            if direction is not None:
+                direction.release()
+
+    def _while_connecting(self, events: int, *, from_client: bool) -> None:
+        if from_client:
+            self._early |= events
+            if events & _FAILED:
+                self.end(Cause.CLIENT_RESET)
+            return
+        assert self._server_side is not None  # noqa: S101  # registered after it was made
+        if events & _FAILED:
+            self._fail_to_connect(self._error_of(self._server_side.fileno()) or errno.ECONNREFUSED)
+        elif events & select.EPOLLOUT:
+            self._connected(self._server_side, events)
+
+    def _connected(self, server_side: socket.socket, events: int) -> None:
+        relay = self._relay
+        relay.connecting.pop(self, None)
+        self.phase = Phase.RELAY
+        self._up = Direction(self._client_side, server_side, relay.pipes)
+        self._down = Direction(server_side, self._client_side, relay.pipes)
+        self._up.hangup = bool(self._early & select.EPOLLRDHUP)
+        self._up.urgent = bool(self._early & select.EPOLLPRI)
+        self._down.hangup = bool(events & select.EPOLLRDHUP)
+        if self._move(self._up) and events & _READABLE:
+            self._move(self._down)
+
+    def _move(self, direction: Direction) -> bool:
+        """Run a direction; False if that ended the flow or began its reset."""
+        try:
+            finished = direction.run()
+        except SourceReset:
+            self._reset_by(direction)
+            return False
+        except SinkReset:
+            direction.release()
+            return self._sink_lost(self._other(direction))
+        if not finished:
+            self._relay.poller.later(self)
+        elif direction.eof and self._other(direction).eof:
+            self.end(Cause.DONE)
+            return False
+        return True
+
+    def _sink_lost(self, incoming: Direction) -> bool:
+        """A write found the peer gone: pass on what it sent before, then its reset."""
+        if incoming.eof or incoming.source_lost:
+            self._reset_by(incoming)
+            return False
+        incoming.source_lost = True
+        return self._move(incoming)
+
+    def _reset_by(self, incoming: Direction) -> None:
+        """The source of `incoming` is gone: reset the other side, once it has what came before the reset."""
+        if incoming.empty and not incoming.unacknowledged():
+            self._end_by_reset(incoming)
+            return
+        if not self._reset_until:
+            self._reset_until = self._relay.poller.now + _RESET_GRACE_S
+            self._relay.poller.unregister(incoming.source.fileno())
+            self._relay.loop.call_later(_RESET_CHECK_S, self._flush_before_reset, incoming)
+
+    def _flush_before_reset(self, incoming: Direction) -> None:
+        if self not in self._relay.flows:
+            return
+        waiting = self._flush(incoming) and (not incoming.empty or incoming.unacknowledged() > 0)
+        if waiting and monotonic() < self._reset_until:
+            self._relay.loop.call_later(_RESET_CHECK_S, self._flush_before_reset, incoming)
+        else:
+            self._end_by_reset(incoming)
+
+    def _flush(self, direction: Direction) -> bool:
+        try:
+            direction.flush()
+        except SinkReset:
+            direction.release()
+            return False
+        return True
+
+    def _end_by_reset(self, incoming: Direction) -> None:
+        self.end(Cause.CLIENT_RESET if incoming is self._up else Cause.SERVER_RESET)
+
+    def _fail_to_connect(self, code: int) -> None:
+        cause = cause_of_failed_connect(code)
+        relay = self._relay
+        relay.counters.connect_failures += 1
+        error = icmp.from_errno(code, self.client.version)
+        if error and cause is Cause.UNREACHABLE:
+            relay.icmp.send(error, Network.TCP, self.client, self.orig_dst, payload_bytes=0, now=relay.poller.now)
+        self.end(cause)
+        relay.pause_if_exhausted(code)
+
+    def _other(self, direction: Direction) -> Direction:
+        other = self._down if direction is self._up else self._up
+        assert other is not None  # noqa: S101  # both are made at once
+        return other
+
+    def _error_of(self, fd: int) -> int:
+        side = self._client_side if fd == self._client_side.fileno() else self._server_side
+        return side.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) if side is not None else 0
+
+    def _report(self, cause: Cause) -> None:
+        relay = self._relay
+        up, down = (d.total if d else 0 for d in (self._up, self._down))
+        relay.counters.bytes_up += up
+        relay.counters.bytes_down += down
+        if relay.on_end is None:
+            return
+        source = None
+        if self._server_side is not None and self.phase is Phase.RELAY:
+            name = self._server_side.getsockname()
+            source = Client(name[0], name[1])
+        relay.on_end(
+            FlowEnd(
+                flow=relay.describe(self),
+                decision=self._decision,
+                layer=Layer.SPLICE,
+                cause=cause,
+                phase=self.phase,
+                source=source,
+                bytes_up=up,
+                bytes_down=down,
+                duration_s=relay.poller.now - self._started,
+            )
+        )

@@ -1,0 +1,455 @@
+"""UDP flows: first datagram, sockets on both sides, answers, ICMP errors, expiry.
+
+The client side of a flow is a socket bound to the original destination and connected to the client: an
+unconnected one would steal other clients' datagrams. The server side is one unconnected socket for each client
+endpoint, which anyone may answer (full-cone), or one connected socket a flow (symmetric).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import select
+import socket
+from collections.abc import Callable
+from time import monotonic
+from typing import Final
+
+from tproxyd.flow import LOOPBACK, Cause, Client, Decision, Flow, FlowEnd, Layer, Network, OrigDst, Phase
+from tproxyd.policy import Policy
+from tproxyd.relay import icmp, sockets
+from tproxyd.relay.backends.direct import Direct
+from tproxyd.relay.counters import Counters
+from tproxyd.relay.limits import FlowLimits
+from tproxyd.relay.poller import LEVEL, Poller
+from tproxyd.relay.raw_udp import RawUdpSender
+
+_log = logging.getLogger(__name__)
+
+_DATAGRAM_BYTES: Final = 65536
+_DATAGRAMS: Final = 64
+_TICK_S: Final = 1.0
+_LOG_EVERY_S: Final = 10.0
+_RESPONSES_TO_FULL: Final = frozenset({errno.EAGAIN, errno.ENOBUFS, errno.ENOMEM})
+_MAX_ERRORS_READ: Final = 16
+_ERROR_SPACE: Final = 512
+
+
+class UdpRelay:
+    """All UDP flows of a worker."""
+
+    def __init__(
+        self,
+        *,
+        loop: asyncio.AbstractEventLoop,
+        poller: Poller,
+        policy: Policy,
+        backends: dict[str, Direct],
+        limits: FlowLimits,
+        counters: Counters,
+        icmp_sender: icmp.IcmpSender,
+        listener_name: str,
+        idle_s: float,
+        client_mark: int,
+        on_end: Callable[[FlowEnd], None] | None,
+    ) -> None:
+        """Args: on_end: told of each flow's end; None where nobody listens."""
+        self.poller = poller
+        self.backends = backends
+        self.counters = counters
+        self.icmp = icmp_sender
+        self.raw = RawUdpSender(client_mark)
+        self.buffer = memoryview(bytearray(_DATAGRAM_BYTES))
+        self.client_mark = client_mark
+        self._policy = policy
+        self._limits = limits
+        self._listener_name = listener_name
+        self._listeners: dict[int, socket.socket] = {}
+        self._flows: dict[tuple[Client, OrigDst], UdpFlow] = {}
+        self._server_sides: dict[tuple[str, Client], ServerSide] = {}
+        self._idle_s = idle_s
+        self._on_end = on_end
+        self._logged_s = 0.0
+        self._loop = loop
+        self._timer = loop.call_later(_TICK_S, self._tick)
+
+    def listen(self, listener: socket.socket) -> None:
+        """Take flows in from a listening socket, which is then owned here."""
+        self._listeners[listener.fileno()] = listener
+        self.poller.register(listener.fileno(), self, LEVEL)
+
+    def stop_listening(self) -> None:
+        """Take nothing new; running flows go on."""
+        for listener in self._listeners.values():
+            self.poller.close_socket(listener)
+        self._listeners.clear()
+
+    def close(self) -> None:
+        """End all flows and free everything."""
+        self.stop_listening()
+        self._timer.cancel()
+        for flow in list(self._flows.values()):
+            self.end(flow, Cause.SHUTDOWN)
+        self.raw.close()
+
+    def on_event(self, fd: int, events: int) -> None:  # noqa: ARG002  # a listener has one event
+        """Take datagrams of new flows in."""
+        listener = self._listeners.get(fd)
+        if listener is None:
+            return
+        for _ in range(_DATAGRAMS):
+            try:
+                size, ancillary, _, peer = listener.recvmsg_into([self.buffer], sockets.ORIG_DST_SPACE)
+            except BlockingIOError:
+                return
+            except OSError:
+                continue  # an ICMP error about something sent long ago
+            orig_dst = sockets.orig_dst_of_datagram(ancillary)
+            if orig_dst is None:
+                self.counters.udp_without_orig_dst += 1
+            elif orig_dst.address == LOOPBACK[orig_dst.version]:
+                self.counters.refused_loop += 1
+            else:
+                self.take(Client(peer[0], peer[1]), orig_dst, self.buffer[:size])
+
+    def abort(self, error: Exception) -> None:
+        """Nothing to end: listening goes on, `error` has been logged."""
+
+    def take(self, client: Client, orig_dst: OrigDst, payload: memoryview) -> None:
+        """Send a client's datagram on, in its flow or a new one."""
+        flow = self._flows.get((client, orig_dst))
+        if flow is not None:
+            flow.to_server(payload)
+        elif (flow := self._open(client, orig_dst)) is not None:
+            flow.to_server(payload)
+            flow.take_early()
+
+    def answer(self, server_side: ServerSide, source: OrigDst, payload: memoryview) -> None:
+        """Take a datagram that reached a client's server side; anyone may send one to a full cone."""
+        flow = self._flows.get((server_side.client, source))
+        if flow is not None:
+            flow.to_client(payload)
+        elif (flow := self._start(server_side, source)) is not None:
+            flow.to_client(payload)
+            flow.take_early()
+
+    def flow_of(self, client: Client, orig_dst: OrigDst) -> UdpFlow | None:
+        """Return a live flow."""
+        return self._flows.get((client, orig_dst))
+
+    def end(self, flow: UdpFlow, cause: Cause) -> None:
+        """Free a flow, and its server side with the last flow on it."""
+        if self._flows.pop((flow.client, flow.orig_dst), None) is None:
+            return
+        self._limits.give_back(flow.client.address)
+        self.counters.flows -= 1
+        self.counters.bytes_up += flow.bytes_up
+        self.counters.bytes_down += flow.bytes_down
+        self._report(flow, cause)
+        flow.close()
+        server_side = flow.server_side
+        server_side.flows -= 1
+        if not server_side.flows:
+            self._server_sides.pop((server_side.decision.backend, server_side.client), None)
+            self.poller.close_socket(server_side.sock)
+
+    def drop(self, why: str) -> None:
+        """Count a datagram that could not go on; say so now and then."""
+        self.counters.udp_dropped += 1
+        if self.poller.now - self._logged_s >= _LOG_EVERY_S:
+            self._logged_s = self.poller.now
+            _log.warning("UDP datagrams are dropped (%d so far): %s", self.counters.udp_dropped, why)
+
+    def _open(self, client: Client, orig_dst: OrigDst) -> UdpFlow | None:
+        decision = self._policy.decide(Flow(Network.UDP, client, orig_dst, self._listener_name))
+        backend = self.backends[decision.backend]
+        server_side = self._server_sides.get((decision.backend, client)) if backend.full_cone else None
+        if server_side is None:
+            try:
+                sock = backend.open_datagram(client, None if backend.full_cone else orig_dst)
+            except OSError as error:
+                self._refuse(client, orig_dst, error)
+                return None
+            connected = None if backend.full_cone else orig_dst
+            server_side = ServerSide(self, sock, client, decision, connected)
+        flow = self._start(server_side, orig_dst)
+        if not server_side.flows:
+            self.poller.close_socket(server_side.sock)
+        return flow
+
+    def _start(self, server_side: ServerSide, orig_dst: OrigDst) -> UdpFlow | None:
+        client = server_side.client
+        if not self._limits.take(client.address):
+            self.counters.refused_limit += 1
+            return None
+        flow = UdpFlow(self, server_side, orig_dst)
+        try:
+            flow.open()
+            if not server_side.flows:
+                self.poller.register(server_side.sock.fileno(), server_side, LEVEL)
+        except OSError as error:
+            flow.close()
+            self._limits.give_back(client.address)
+            self.drop(f"no socket for {client}: {error}")
+            return None
+        server_side.flows += 1
+        if server_side.connected_to is None:
+            self._server_sides[server_side.decision.backend, client] = server_side
+        self._flows[client, orig_dst] = flow
+        self.counters.udp_flows += 1
+        self.counters.flows += 1
+        return flow
+
+    def _refuse(self, client: Client, orig_dst: OrigDst, error: OSError) -> None:
+        answer = icmp.from_errno(error.errno or 0, client.version)
+        if answer:
+            self.icmp.send(answer, Network.UDP, client, orig_dst, payload_bytes=0, now=self.poller.now)
+        self.drop(f"no way from {client} to {orig_dst}: {error}")
+
+    def _report(self, flow: UdpFlow, cause: Cause) -> None:
+        if self._on_end is None:
+            return
+        name = flow.server_side.sock.getsockname()
+        self._on_end(
+            FlowEnd(
+                flow=Flow(Network.UDP, flow.client, flow.orig_dst, self._listener_name),
+                decision=flow.server_side.decision,
+                layer=Layer.COPY,
+                cause=cause,
+                phase=Phase.RELAY,
+                source=Client(name[0], name[1]),
+                bytes_up=flow.bytes_up,
+                bytes_down=flow.bytes_down,
+                duration_s=flow.last - flow.started,
+            )
+        )
+
+    def _tick(self) -> None:
+        now = self.poller.now = monotonic()
+        for flow in [flow for flow in self._flows.values() if now - flow.last >= self._idle_s]:
+            self.end(flow, Cause.IDLE)
+        self._timer = self._loop.call_later(_TICK_S, self._tick)
+
+
+class ServerSide:
+    """The socket that speaks for a client endpoint towards servers.
+
+    Attributes:
+        connected_to: the one server it talks to (symmetric), or None for anyone (full-cone).
+        flows: how many flows use it.
+    """
+
+    __slots__ = ("client", "connected_to", "decision", "flows", "relay", "sock")
+
+    def __init__(
+        self, relay: UdpRelay, sock: socket.socket, client: Client, decision: Decision, connected_to: OrigDst | None
+    ) -> None:
+        """Take over an open socket."""
+        self.relay = relay
+        self.sock = sock
+        self.client = client
+        self.decision = decision
+        self.connected_to = connected_to
+        self.flows = 0
+
+    def send(self, payload: memoryview, orig_dst: OrigDst) -> None:
+        """Send one datagram.
+
+        Raises:
+            OSError: it was not sent; an error that an earlier datagram had left behind is not raised again.
+        """
+        try:
+            self._send(payload, orig_dst)
+        except OSError as error:
+            if error.errno in _RESPONSES_TO_FULL or not self._pass_errors_on():
+                raise
+            self._send(payload, orig_dst)
+
+    def on_event(self, fd: int, events: int) -> None:  # noqa: ARG002  # one socket only
+        """Take answers in."""
+        if events & select.EPOLLERR:
+            self._pass_errors_on()
+        relay, sock, buffer = self.relay, self.sock, self.relay.buffer
+        for _ in range(_DATAGRAMS):
+            try:
+                if self.connected_to is not None:
+                    size, source = sock.recv_into(buffer), self.connected_to
+                else:
+                    size, peer = sock.recvfrom_into(buffer)
+                    source = OrigDst(peer[0], peer[1])
+            except BlockingIOError:
+                return
+            except OSError:
+                self._pass_errors_on()
+                continue
+            relay.answer(self, source, buffer[:size])
+            if not self.flows:
+                return
+
+    def abort(self, error: Exception) -> None:
+        """Nothing to end: a datagram was lost, `error` has been logged."""
+
+    def _send(self, payload: memoryview, orig_dst: OrigDst) -> None:
+        if self.connected_to is not None:
+            self.sock.send(payload)
+        else:
+            self.sock.sendto(payload, orig_dst)
+
+    def _pass_errors_on(self) -> bool:
+        """Tell the client what the network said about its datagrams; False if there was nothing to read."""
+        relay, client = self.relay, self.client
+        found = False
+        for error, peer, size in read_errors(self.sock, client.version):
+            found = True
+            orig_dst = OrigDst(peer[0], peer[1])
+            if error is not None and relay.flow_of(client, orig_dst) is not None:
+                relay.icmp.send(error, Network.UDP, client, orig_dst, payload_bytes=size, now=relay.poller.now)
+        return found
+
+
+class UdpFlow:
+    """One client endpoint and one original destination.
+
+    Attributes:
+        last: monotonic seconds of its last datagram.
+    """
+
+    __slots__ = ("_relay", "_sock", "bytes_down", "bytes_up", "last", "orig_dst", "server_side", "started")
+
+    def __init__(self, relay: UdpRelay, server_side: ServerSide, orig_dst: OrigDst) -> None:
+        """Make a flow without a client side; `open` adds it."""
+        self._relay = relay
+        self._sock: socket.socket | None = None
+        self.server_side = server_side
+        self.orig_dst = orig_dst
+        self.bytes_up = self.bytes_down = 0
+        self.started = self.last = relay.poller.now
+
+    @property
+    def client(self) -> Client:
+        """Whose flow this is."""
+        return self.server_side.client
+
+    def open(self) -> None:
+        """Open the socket that speaks as the original destination.
+
+        Where a service of this box holds that port, there is none: answers go out by raw socket, and the
+        client's datagrams come by the listener.
+
+        Raises:
+            OSError: it could not be opened for another reason.
+        """
+        relay = self._relay
+        sock = sockets.udp_client_side(self.client.version, relay.client_mark)
+        try:
+            sock.bind(self.orig_dst)
+            sock.connect(self.client)
+            relay.poller.register(sock.fileno(), self, LEVEL)
+        except OSError as error:
+            relay.poller.close_socket(sock)
+            if error.errno not in sockets.CLASHES:
+                raise
+            _log.debug("port %d is held on the wildcard address: answering by raw socket", self.orig_dst.port)
+            return
+        self._sock = sock
+
+    def take_early(self) -> None:
+        """Read what arrived between bind and connect: it may be other clients' and goes to their flows."""
+        relay = self._relay
+        for _ in range(_DATAGRAMS):
+            if self._sock is None:
+                return
+            try:
+                size, peer = self._sock.recvfrom_into(relay.buffer)
+            except OSError:
+                return
+            relay.take(Client(peer[0], peer[1]), self.orig_dst, memoryview(bytes(relay.buffer[:size])))
+
+    def on_event(self, fd: int, events: int) -> None:  # noqa: ARG002  # one socket only
+        """Take the client's datagrams in."""
+        sock, buffer = self._sock, self._relay.buffer
+        if sock is None:
+            return
+        if events & select.EPOLLERR:
+            self._pass_errors_on(sock)
+        for _ in range(_DATAGRAMS):
+            try:
+                size = sock.recv_into(buffer)
+            except BlockingIOError:
+                return
+            except OSError:
+                self._pass_errors_on(sock)
+                continue
+            self.to_server(buffer[:size])
+
+    def abort(self, error: Exception) -> None:  # noqa: ARG002  # logged by the supervisor of flows
+        """End after an unforeseen error."""
+        self._relay.end(self, Cause.ERROR)
+
+    def to_server(self, payload: memoryview) -> None:
+        """Send a datagram of the client on."""
+        relay = self._relay
+        self.last = relay.poller.now
+        try:
+            self.server_side.send(payload, self.orig_dst)
+            self.bytes_up += len(payload)
+        except OSError as error:
+            answer = icmp.from_errno(error.errno or 0, self.client.version)
+            if answer:
+                relay.icmp.send(
+                    answer, Network.UDP, self.client, self.orig_dst, payload_bytes=len(payload), now=relay.poller.now
+                )
+            relay.drop(f"{self.client} to {self.orig_dst}: {error}")
+
+    def to_client(self, payload: memoryview) -> None:
+        """Send a datagram of the server on, from the address that the client asked."""
+        relay, sock = self._relay, self._sock
+        self.last = relay.poller.now
+        try:
+            if sock is None:
+                relay.raw.send(self.orig_dst, self.client, payload)
+                relay.counters.udp_raw_replies += 1
+            else:
+                self._send(sock, payload)
+            self.bytes_down += len(payload)
+        except OSError as error:
+            relay.drop(f"{self.orig_dst} to {self.client}: {error}")
+
+    def close(self) -> None:
+        """Close the client side."""
+        if self._sock is not None:
+            self._relay.poller.close_socket(self._sock)
+            self._sock = None
+
+    def _send(self, sock: socket.socket, payload: memoryview) -> None:
+        try:
+            sock.send(payload)
+        except OSError as error:
+            if error.errno in _RESPONSES_TO_FULL or not self._pass_errors_on(sock):
+                raise
+            sock.send(payload)
+
+    def _pass_errors_on(self, sock: socket.socket) -> bool:
+        """Tell the server what the network said about its datagrams; False if there was nothing to read."""
+        relay = self._relay
+        found = False
+        for error, _, size in read_errors(sock, self.client.version):
+            found = True
+            if error is not None:
+                relay.icmp.send(
+                    error, Network.UDP, self.orig_dst, self.client, payload_bytes=size, now=relay.poller.now
+                )
+        return found
+
+
+def read_errors(sock: socket.socket, version: int) -> list[tuple[icmp.IcmpError | None, tuple[str, int], int]]:
+    """Read a socket's error queue (MSG_ERRQUEUE, recv(2)): the error, whom it is about, bytes of the datagram."""
+    found: list[tuple[icmp.IcmpError | None, tuple[str, int], int]] = []
+    for _ in range(_MAX_ERRORS_READ):
+        try:
+            data, ancillary, _, peer = sock.recvmsg(_DATAGRAM_BYTES, _ERROR_SPACE, socket.MSG_ERRQUEUE)
+        except OSError:
+            break
+        found.append((icmp.from_error_queue(ancillary, version), (peer[0], peer[1]) if peer else ("", 0), len(data)))
+    return found
