@@ -166,6 +166,8 @@ _SYNTAX: Final = {
     "found unknown escape character": "unknown escape after a backslash; single quotes take text literally",
     "found undefined tag handle": "tags (!...) are not used here; remove it",
     "found unknown directive name": "directives (%YAML, %TAG) are not used here; remove the line",
+    "could not find expected directive name": "directives (%...) are not used here; remove the line",
+    "found a tab character that violates indentation": "a tab can't indent; use spaces",
     "did not find expected <document start>": "text after the end of the document ('...'); remove it",
 }
 
@@ -284,9 +286,7 @@ class _Builder:
     def _document(self, event: yaml.DocumentStartEvent) -> None:
         self.documents += 1
         if self.documents > 1:
-            raise _DocumentError(
-                Problem(_start(event), "a second YAML document ('---'); put everything into one")
-            )
+            raise _DocumentError(Problem(_start(event), "a second YAML document ('---'); put everything into one"))
         if event.tags or event.version not in (None, (1, 2)):
             self._refuse(_start(event), "directives (%YAML, %TAG) are not used here; remove the line")
 

@@ -44,6 +44,9 @@ T = TypeVar("T")
 WRITTEN: Final = "written"
 """The validation context of values from a file: durations need units, listeners and backends a type."""
 
+MAX_PROBLEMS: Final = 1000
+"""As many are reported; of a list's items, one more is looked for."""
+
 MAX_WORKERS: Final = 256
 MAX_FLOWS: Final = 2**24
 _RESERVED_TABLES: Final = {0: "unspec", 253: "default", 254: "main", 255: "local"}
@@ -70,7 +73,7 @@ def _is_number(value: object) -> TypeGuard[int | float]:
 def _text(value: object, what: str) -> str:
     if isinstance(value, str):
         return value
-    raise unexpected(value, what, "; quote it" if _is_number(value) else "")
+    raise unexpected(value, what)
 
 
 def _each(value: object, read: Callable[[object], T]) -> tuple[T, ...]:
@@ -85,6 +88,8 @@ def _each(value: object, read: Callable[[object], T]) -> tuple[T, ...]:
             items.append(read(item))
         except ValueError as error:
             wrong.append(problem(error, item, index))
+        if len(wrong) > MAX_PROBLEMS:
+            break
     if wrong:
         raise ValidationError.from_exception_data("list", wrong)
     return tuple(items)
@@ -138,8 +143,14 @@ def _read_prefixes(value: object) -> tuple[Prefix, ...]:
     return _each(value, _read_prefix)
 
 
+def _read_interface(value: object) -> str:
+    if _is_number(value):
+        raise unexpected(value, "an interface name", "; quote it")
+    return check_interface(_text(value, "an interface name"))
+
+
 def _read_interfaces(value: object) -> tuple[str, ...]:
-    names = _each(value, _once(lambda item: check_interface(_text(item, "an interface name"))))
+    names = _each(value, _once(_read_interface))
     return _some(names, "name at least one client-side interface")
 
 
@@ -172,11 +183,13 @@ def _read_workers(value: object) -> int | Literal["auto"]:
     raise unexpected(value, f"auto or a number from 1 to {MAX_WORKERS}")
 
 
+def _read_account(value: object) -> str:
+    return check_account(_text(value, "the name of an account"))
+
+
 def _check_table(table: int) -> int:
     if table in _RESERVED_TABLES:
-        raise ValueError(
-            f"table {table} is the kernel's own ({_RESERVED_TABLES[table]}); take another number"
-        )
+        raise ValueError(f"table {table} is the kernel's own ({_RESERVED_TABLES[table]}); take another number")
     return table
 
 
@@ -198,7 +211,7 @@ Families = Annotated[tuple[Literal["ipv4", "ipv6"], ...], PlainValidator(_read_f
 Duration = Annotated[float, PlainValidator(_read_duration), _DURATION]
 Workers = Annotated[int | Literal["auto"], PlainValidator(_read_workers), _AS_IS]
 Name = Annotated[StrictStr, AfterValidator(check_name)]
-Account = Annotated[StrictStr, AfterValidator(check_account)]
+Account = Annotated[str, PlainValidator(_read_account), _TEXT]
 Table = Annotated[StrictInt, Field(ge=0, le=2**32 - 1), AfterValidator(_check_table)]
 Port = Annotated[StrictInt, Field(ge=1, le=MAX_PORT)]
 Priority = Annotated[StrictInt, Field(ge=1, le=32765)]

@@ -11,14 +11,13 @@ from typing import Final
 from pydantic import ValidationError
 
 from tproxyd.config.document import Document, Leaf, Node, Problem, plain, read_document
-from tproxyd.config.fields import WRITTEN
+from tproxyd.config.fields import MAX_PROBLEMS, WRITTEN
 from tproxyd.config.model import Config
 from tproxyd.config.report import explain
 from tproxyd.config.wording import escaped
 from tproxyd.errors import ConfigError
 
 MAX_BYTES: Final = 16 * 1024 * 1024
-MAX_PROBLEMS: Final = 1000
 
 
 def load_config(path: Path) -> Config:

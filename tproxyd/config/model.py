@@ -83,9 +83,7 @@ class Interception(Section):
 
     @field_validator("udp_ports")
     @classmethod
-    def _something_to_intercept(
-        cls, ports: tuple[PortRange, ...], info: ValidationInfo
-    ) -> tuple[PortRange, ...]:
+    def _something_to_intercept(cls, ports: tuple[PortRange, ...], info: ValidationInfo) -> tuple[PortRange, ...]:
         if not ports and info.data.get("tcp_ports") == ():
             raise ValueError("tcp_ports and udp_ports are both empty; one of them must name ports")
         return ports

@@ -143,9 +143,7 @@ def _unknown(loc: Loc) -> str:
         return "not in this version; remove it"
     known = list(section.model_fields)
     close = get_close_matches(key, known, n=1) if len(key) <= _MAX_GUESSED_CHARS else []
-    return (
-        f"unknown key; did you mean {close[0]}?" if close else f"unknown key; known here: {', '.join(known)}"
-    )
+    return f"unknown key; did you mean {close[0]}?" if close else f"unknown key; known here: {', '.join(known)}"
 
 
 def _section(loc: Loc) -> type[Section]:

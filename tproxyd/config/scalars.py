@@ -104,9 +104,7 @@ def parse_ports(text: str) -> PortRange:
     if parts is not None:
         return PortRange(int(parts[1]), int(parts[2] or parts[1]))
     with_colon = _COLON_PORTS.fullmatch(text)
-    hint = (
-        f"write {with_colon[1]}-{with_colon[2]}" if with_colon else "write a port or a range, such as 1-1023"
-    )
+    hint = f"write {with_colon[1]}-{with_colon[2]}" if with_colon else "write a port or a range, such as 1-1023"
     raise ValueError(f"{shown(text)} is no port or range of ports; {hint}")
 
 
@@ -139,9 +137,7 @@ def parse_duration(text: str) -> float:
     parts = _DURATION.fullmatch(text)
     if parts is None or not text:
         raise ValueError(f"{shown(text)} is no duration; write numbers with d, h, m, s or ms, such as 1m30s")
-    total_ms = sum(
-        int(part or 0) * unit for part, unit in zip(parts.groups(), _UNITS_MS.values(), strict=True)
-    )
+    total_ms = sum(int(part or 0) * unit for part, unit in zip(parts.groups(), _UNITS_MS.values(), strict=True))
     if not MIN_DURATION_S <= total_ms / 1000 <= MAX_DURATION_S:
         raise ValueError(f"{shown(text)} is out of range; allowed is 10ms to 7d")
     return total_ms / 1000
@@ -223,9 +219,7 @@ def check_interface(name: str) -> str:
         raise ValueError(f"{shown(name)} is too long for an interface name; at most 15 bytes")
     wrong = next((c for c in name if c in '/:"\\' or c.isspace() or not c.isprintable()), None)
     if wrong is not None:
-        raise ValueError(
-            f"{shown(name)} is no interface name: it contains {shown(wrong)}; `ip link` lists them"
-        )
+        raise ValueError(f"{shown(name)} is no interface name: it contains {shown(wrong)}; `ip link` lists them")
     return name
 
 
