@@ -15,6 +15,7 @@ from tproxyd.errors import KernelUnsupported, PermissionDenied, RulesetError
 
 _STATELESS: Final = 1 << 2
 _JSON: Final = 1 << 4
+_TERSE: Final = 1 << 11
 _CTX_DEFAULT: Final = 0
 
 
@@ -32,8 +33,8 @@ def _library() -> ctypes.CDLL:
     return library
 
 
-def run(commands: str, *, as_json: bool = False, stateless: bool = False) -> str:
-    """Run nftables commands as one transaction and return what they print.
+def run(commands: str, *, as_json: bool = False, stateless: bool = False, terse: bool = False) -> str:
+    """Run nftables commands as one transaction and return what they print; `terse` leaves out what sets hold.
 
     Raises:
         RulesetError: libnftables refused the commands; the first line of its reason.
@@ -47,7 +48,8 @@ def run(commands: str, *, as_json: bool = False, stateless: bool = False) -> str
     try:
         library.nft_ctx_buffer_output(context)
         library.nft_ctx_buffer_error(context)
-        library.nft_ctx_output_set_flags(context, (_JSON if as_json else 0) | (_STATELESS if stateless else 0))
+        flags = (_JSON if as_json else 0) | (_STATELESS if stateless else 0) | (_TERSE if terse else 0)
+        library.nft_ctx_output_set_flags(context, flags)
         failed = library.nft_run_cmd_from_buffer(context, commands.encode())
         output = (library.nft_ctx_get_output_buffer(context) or b"").decode(errors="replace")
         reason = (library.nft_ctx_get_error_buffer(context) or b"").decode(errors="replace")
@@ -58,13 +60,13 @@ def run(commands: str, *, as_json: bool = False, stateless: bool = False) -> str
     return output
 
 
-def run_json(commands: str) -> list[dict[str, Any]]:
+def run_json(commands: str, *, terse: bool = False) -> list[dict[str, Any]]:
     """Run listing commands and return libnftables' objects (libnftables-json(5)) without the meta information.
 
     Raises:
         As `run`.
     """
-    output = run(commands, as_json=True, stateless=True)
+    output = run(commands, as_json=True, stateless=True, terse=terse)
     objects: list[dict[str, Any]] = json.loads(output)["nftables"] if output.strip() else []
     return [item for item in objects if "metainfo" not in item]
 

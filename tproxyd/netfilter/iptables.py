@@ -1,0 +1,329 @@
+"""The `Ruleset` as iptables rules and ipsets (iptables-extensions(8), ipset(8)); pure.
+
+It means what `nft` means. The shape differs because xt TPROXY works only in table mangle and `CT --notrack`
+only in table raw: raw finds out which packets are ours and marks them, mangle hands marked ones to the listener.
+
+Rules are dictionaries in the form of python-iptables' `iptc.easy`; the order of their keys is the order of the
+matches. `line` writes one as iptables-save does, so that two rules are equal when their lines are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Final
+
+from tproxyd.config import Mark, PortRange
+from tproxyd.netfilter.plan import Intercept, PrefixSet, Ruleset
+
+Rule = dict[str, Any]
+
+CHAIN_PREFIX: Final = "TPROXYD"
+SET_PREFIX: Final = "tproxyd_"
+
+MAX_PREFIXES: Final = 1 << 20
+"""The kernel's own default for a set is 65,536."""
+
+HALVES: Final = {4: ("0.0.0.0/1", "128.0.0.0/1"), 6: ("::/1", "8000::/1")}
+"""All addresses: hash:net has no prefix of length 0."""
+
+_EVERYTHING: Final = {"0.0.0.0/0": HALVES[4], "::/0": HALVES[6]}
+_MULTIPORT_SLOTS: Final = 15
+_ALL_PORTS: Final = PortRange(1, 65535)
+_SYN: Final = ("FIN,SYN,RST,ACK", "SYN")
+_OUR_SOCKET: Final = {"transparent": ""}
+"""xt_socket passes over sockets bound to all addresses (as nft's `wildcard 0`) unless `--nowildcard` is given."""
+
+_BASIC: Final = {
+    "src": "-s",
+    "dst": "-d",
+    "in-interface": "-i",
+    "out-interface": "-o",
+    "protocol": "-p",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class IpSet:
+    """A set of type hash:net.
+
+    Attributes:
+        timeout: members expire (the lease); which ones it holds is then no part of the ruleset.
+    """
+
+    name: str
+    version: int
+    prefixes: tuple[str, ...]
+    timeout: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """What is ours in one table: whole chains, and rules at the head of others' chains that lead to them."""
+
+    jumps: dict[str, list[Rule]]
+    chains: dict[str, list[Rule]]
+
+
+Tables = dict[str, Table]
+"""By the table's name, in the order of writing: mangle must stand before raw marks packets for it."""
+
+
+def ip_sets(ruleset: Ruleset) -> tuple[IpSet, ...]:
+    """Return the sets that the rules look into."""
+    excluded = [
+        IpSet(_set_name(prefix_set), prefix_set.version, tuple(_without_zero_length(prefix_set.prefixes)))
+        for prefix_set in ruleset.excluded
+    ]
+    versions = ruleset.versions if ruleset.lease else ()
+    return (*excluded, *(IpSet(lease_name(version), version, (), timeout=True) for version in versions))
+
+
+def lease_name(version: int) -> str:
+    """Return the name of the set that holds all addresses of this family while the lease runs."""
+    return f"{SET_PREFIX}lease_v{version}"
+
+
+def tables(ruleset: Ruleset, version: int) -> Tables:
+    """Return what one family needs; nothing where the ruleset leaves the family out."""
+    if version not in ruleset.versions:
+        return {name: Table({}, {}) for name in ("mangle", "raw")}
+    return {"mangle": _mangle(ruleset, version), "raw": _raw(ruleset, version)}
+
+
+def render(ruleset: Ruleset) -> str:
+    """Return all of it as text, for people and for a box that holds none of it yet.
+
+    Each section is the input of the command in the comment above it. Loading it twice would jump twice.
+    """
+    sections = ["# ipset restore\n", *(set_text(ip_set) for ip_set in ip_sets(ruleset))]
+    for version in ruleset.versions:
+        sections.append(f"# {command(version)}-restore --noflush\n")
+        for name, table in tables(ruleset, version).items():
+            sections += ["".join(f"{text}\n" for text in (f"*{name}", *_restore_lines(table), "COMMIT"))]
+    return "".join(sections)
+
+
+def command(version: int) -> str:
+    """Return the name under which operators know a family's rules."""
+    return {4: "iptables", 6: "ip6tables"}[version]
+
+
+def set_text(ip_set: IpSet) -> str:
+    """Return a set as `ipset restore` reads it."""
+    family = {4: "inet", 6: "inet6"}[ip_set.version]
+    timeout = " timeout 0" if ip_set.timeout else ""
+    create = f"create {ip_set.name} hash:net family {family} maxelem {MAX_PREFIXES}{timeout}\n"
+    return create + "".join(f"add {ip_set.name} {prefix}\n" for prefix in ip_set.prefixes)
+
+
+def lines(name: str, table: Table) -> list[str]:
+    """Return a table as iptables-save shows it, our share only, the chains in the order of their names."""
+    if not table.jumps and not table.chains:
+        return []
+    shown = [f"*{name}", *(f":{chain} - [0:0]" for chain in sorted(table.chains))]
+    for chains in (table.jumps, table.chains):
+        shown += [f"-A {chain} {line(rule)}" for chain, rules in sorted(chains.items()) for rule in rules]
+    return shown
+
+
+def line(rule: Rule) -> str:
+    """Return a rule as iptables-save writes it, without the chain."""
+    words = [f"{_negated(rule[key], option)}" for key, option in _BASIC.items() if key in rule]
+    for name, parameters in rule.items():
+        if name in {*_BASIC, "target", "counters"}:
+            continue
+        repeated = parameters if isinstance(parameters, list) else [parameters]
+        words += [f"-m {name}{_options(each)}" for each in repeated]
+    target = rule.get("target", "")
+    if isinstance(target, str):
+        return " ".join([*words, f"-j {target}"] if target else words)
+    ((name, parameters),) = target.items()
+    return " ".join([*words, f"-g {parameters}" if name == "goto" else f"-j {name}{_options(parameters)}"])
+
+
+def _restore_lines(table: Table) -> Iterator[str]:
+    yield from (f":{chain} - [0:0]" for chain in table.chains)
+    for chain, rules in table.chains.items():
+        yield from (f"-A {chain} {line(rule)}" for rule in rules)
+    for chain, rules in table.jumps.items():
+        yield from (f"-I {chain} {place} {line(rule)}" for place, rule in enumerate(rules, 1))
+
+
+def _raw(ruleset: Ruleset, version: int) -> Table:
+    """Before connection tracking: which packets are on the client side.
+
+    As in `nft`: a SYN never counts as a packet of a socket left in TIME_WAIT, and what is not known to be on
+    the server side is on the client side. xt_socket can't compare a socket's mark without copying it over the
+    packet's. No verdict: the packets go on through others' rules in this table.
+    """
+    known = {"socket": _OUR_SOCKET | {"restore-skmark": ""}, "mark": {"mark": _shown(ruleset.server_mark)}}
+    return Table(
+        jumps={
+            "PREROUTING": [{"in-interface": name, "target": "TPROXYD_RAW"} for name in ruleset.interfaces],
+            "OUTPUT": [{"target": "TPROXYD_OUT"}],
+        },
+        chains={
+            "TPROXYD_RAW": [
+                {"protocol": "tcp", "tcp": {"tcp-flags": [*_SYN]}, "target": {"goto": "TPROXYD_NEW"}},
+                {**known, "target": "RETURN"},
+                {"socket": _OUR_SOCKET, "target": {"goto": "TPROXYD_CLIENT"}},
+                {"target": {"goto": "TPROXYD_NEW"}},
+            ],
+            "TPROXYD_NEW": [
+                *_stays_in_kernel(ruleset, version),
+                *_unless_syn(ruleset),
+                *_flows(ruleset, version, {"goto": "TPROXYD_CLIENT"}),
+            ],
+            "TPROXYD_CLIENT": [{"target": {"CT": {"notrack": ""}}}, _set_mark(ruleset)],
+            "TPROXYD_OUT": [
+                {
+                    "out-interface": "!lo",
+                    "mark": {"mark": _shown(ruleset.client_mark)},
+                    "target": {"CT": {"notrack": ""}},
+                }
+            ],
+        },
+    )
+
+
+def _mangle(ruleset: Ruleset, version: int) -> Table:
+    """After connection tracking: packets of our sockets are delivered, marked new ones go to the listener.
+
+    A SYN goes to TPROXY even where a socket of ours is left in TIME_WAIT: TPROXY alone knows how to let the
+    listener take over. It drops what it finds no listener for. Both ways end the table, lest a later rule of
+    someone else's (`CONNMARK --restore-mark`) takes our mark off again.
+    """
+    mark = {"mark": {"mark": _shown(ruleset.mark)}}
+    interfaces = [*ruleset.interfaces, *(["lo"] if ruleset.own_traffic else [])]
+    syn = {"protocol": "tcp", "tcp": {"tcp-flags": [*_SYN]}}
+    listen = {"target": {"goto": "TPROXYD_LISTEN"}}
+    intercepts = [intercept for intercept in ruleset.intercepts if intercept.version == version]
+    table = Table(
+        jumps={"PREROUTING": [{"target": "TPROXYD"}]},
+        chains={
+            "TPROXYD": [
+                *({"in-interface": name, **syn, **mark, **listen} for name in interfaces),
+                {"socket": _OUR_SOCKET, "target": {"goto": "TPROXYD_OURS"}},
+                *({"in-interface": name, **mark, **listen} for name in interfaces),
+            ],
+            "TPROXYD_LISTEN": [_tproxy(intercept, ruleset.mark) for intercept in intercepts],
+            "TPROXYD_OURS": [_set_mark(ruleset), {"target": "ACCEPT"}],
+        },
+    )
+    if ruleset.own_traffic:
+        table.jumps["OUTPUT"] = [{"target": "TPROXYD_OWN"}]
+        table.chains["TPROXYD_OWN"] = _own_traffic(ruleset, version)
+    return table
+
+
+def _own_traffic(ruleset: Ruleset, version: int) -> list[Rule]:
+    """The box's own new connections, turned round to the loopback device; never tproxyd's."""
+    return [
+        {"mark": {"mark": _shown(ruleset.client_mark)}, "target": "RETURN"},
+        {"mark": {"mark": _shown(ruleset.server_mark)}, "target": "RETURN"},
+        {"conntrack": {"ctdir": "REPLY"}, "target": "RETURN"},
+        *_stays_in_kernel(ruleset, version),
+        *_flows(ruleset, version, {"goto": "TPROXYD_OURS"}),
+    ]
+
+
+def _stays_in_kernel(ruleset: Ruleset, version: int) -> list[Rule]:
+    types = _NEVER_TYPES[version]
+    rules: list[Rule] = [{"addrtype": {"dst-type": each}, "target": "RETURN"} for each in types]
+    for prefix_set in ruleset.excluded:
+        if prefix_set.version == version:
+            direction = {"destination": "dst", "source": "src"}[prefix_set.field]
+            rules.append({"set": {"match-set": [_set_name(prefix_set), direction]}, "target": "RETURN"})
+    if ruleset.lease:
+        rules.append({"set": {"match-set": ["!", lease_name(version), "src"]}, "target": "RETURN"})
+    return rules
+
+
+_NEVER_TYPES: Final = {4: ("LOCAL,BROADCAST,ANYCAST,MULTICAST",), 6: ("LOCAL,ANYCAST", "MULTICAST")}
+"""IPv6 has no broadcast, and its addrtype wants multicast *and* the other types where one rule names both."""
+
+
+def _unless_syn(ruleset: Ruleset) -> list[Rule]:
+    """A gateway that has just begun to intercept leaves running connections alone."""
+    not_syn = {"protocol": "tcp", "tcp": {"tcp-flags": ["!", *_SYN]}, "target": "RETURN"}
+    return [not_syn] if ruleset.lease else []
+
+
+def _flows(ruleset: Ruleset, version: int, target: Rule) -> list[Rule]:
+    return [
+        {"protocol": str(intercept.network), **ports, "target": target}
+        for intercept in ruleset.intercepts
+        if intercept.version == version
+        for ports in _port_matches(intercept)
+    ]
+
+
+def _port_matches(intercept: Intercept) -> Iterator[Rule]:
+    for ports in _groups(intercept.ports):
+        if len(ports) == 1:
+            yield {str(intercept.network): {"dport": _range(ports[0])}}
+        else:
+            yield {"multiport": {"dports": ",".join(_range(each) for each in ports)}}
+
+
+def _groups(ports: Iterable[PortRange]) -> Iterator[list[PortRange]]:
+    """Split ports into what one multiport match can hold: 15 slots, two for a range."""
+    group: list[PortRange] = []
+    used = 0
+    for each in ports:
+        slots = 1 if each.first == each.last else 2
+        if used + slots > _MULTIPORT_SLOTS:
+            yield group
+            group, used = [], 0
+        group.append(each)
+        used += slots
+    if group:
+        yield group
+
+
+def _range(ports: PortRange) -> str:
+    return str(ports.first) if ports.first == ports.last else f"{ports.first}:{ports.last}"
+
+
+def _tproxy(intercept: Intercept, mark: Mark) -> Rule:
+    options = {
+        "on-port": str(intercept.port),
+        "on-ip": intercept.address,
+        "tproxy-mark": f"{mark.value:#x}/{mark.mask:#x}",
+    }
+    return {"protocol": str(intercept.network), "target": {"TPROXY": options}}
+
+
+def _set_mark(ruleset: Ruleset) -> Rule:
+    return {"target": {"MARK": {"set-xmark": f"{ruleset.mark.value:#x}/{ruleset.mark.mask:#x}"}}}
+
+
+def _shown(mark: Mark) -> str:
+    """As a match is listed: without a mask that has all bits."""
+    return f"{mark.value:#x}" if mark.mask == 0xFFFFFFFF else f"{mark.value:#x}/{mark.mask:#x}"
+
+
+def _set_name(prefix_set: PrefixSet) -> str:
+    return f"{SET_PREFIX}{prefix_set.name}"
+
+
+def _without_zero_length(prefixes: Iterable[str]) -> Iterator[str]:
+    for prefix in prefixes:
+        yield from _EVERYTHING.get(prefix, (prefix,))
+
+
+def _negated(value: str, option: str) -> str:
+    return f"! {option} {value[1:]}" if value.startswith("!") else f"{option} {value}"
+
+
+def _options(parameters: Any) -> str:
+    if not isinstance(parameters, dict):
+        return f" {parameters}" if parameters else ""
+    text = ""
+    for name, value in parameters.items():
+        words = [value] if isinstance(value, str) else list(value)
+        negated = words[:1] == ["!"]
+        shown = [f"--{name}", *(word for word in words[negated:] if word)]
+        text += (" ! " if negated else " ") + " ".join(shown)
+    return text

@@ -1,0 +1,95 @@
+"""Settings of the box, outside of any ruleset, that would swallow flows in silence.
+
+Sysctls are read of the calling thread's network namespace.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from socket import if_nameindex
+from typing import Final
+
+from tproxyd.errors import KernelUnsupported, RulesetError
+from tproxyd.netfilter.plan import Ruleset
+
+_SYSCTL: Final = Path("/proc/sys/net")
+_IPV6_ADDRESSES: Final = Path("/proc/thread-self/net/if_inet6")
+_STRICT: Final = 1
+
+
+def check_box(ruleset: Ruleset) -> list[str]:
+    """Look at the box as it is; return warnings.
+
+    Raises:
+        RulesetError: a setting that would swallow the flows; the message has the command that mends it.
+        KernelUnsupported: IPv6 is wanted, but off.
+    """
+    present = {name for _number, name in if_nameindex()}
+    if 6 in ruleset.versions:
+        _check_ipv6()
+    if 4 in ruleset.versions:
+        for interface in ruleset.interfaces:
+            if interface in present:
+                _check_reverse_path(interface)
+    missing = [name for name in ruleset.interfaces if name not in present]
+    warnings = [f"interface {name} does not exist (yet): nothing comes in through it" for name in missing]
+    return warnings + _bridge_warnings(ruleset) + _accept_warnings()
+
+
+def _check_reverse_path(interface: str) -> None:
+    """Strict reverse-path filtering that heeds marks: a marked packet's source is looked up in our local table.
+
+    The kernel takes the greater rp_filter, and either src_valid_mark (Documentation/networking/ip-sysctl.rst).
+    """
+    values = {
+        (name, where): _number(f"ipv4/conf/{where}/{name}")
+        for name in ("rp_filter", "src_valid_mark")
+        for where in ("all", interface)
+    }
+    strict = max(values["rp_filter", "all"], values["rp_filter", interface]) == _STRICT
+    if strict and (values["src_valid_mark", "all"] or values["src_valid_mark", interface]):
+        where = "all" if values["src_valid_mark", "all"] else interface
+        raise RulesetError(
+            f"rp_filter=1 together with net.ipv4.conf.{where}.src_valid_mark=1 drops every packet from {interface}: "
+            f"sysctl -w net.ipv4.conf.{interface}.rp_filter=2 (loose)"
+        )
+
+
+def _check_ipv6() -> None:
+    if not _IPV6_ADDRESSES.exists():
+        raise KernelUnsupported("the kernel has no IPv6: set interception.families: [ipv4]")
+    for where in ("all", "lo"):
+        if _number(f"ipv6/conf/{where}/disable_ipv6"):
+            raise KernelUnsupported(
+                f"IPv6 is off: sysctl -w net.ipv6.conf.{where}.disable_ipv6=0, or set interception.families: [ipv4]"
+            )
+
+
+def _bridge_warnings(ruleset: Ruleset) -> list[str]:
+    """br_netfilter sends frames that are only switched through the IP rules, ours with them."""
+    names = {4: "bridge-nf-call-iptables", 6: "bridge-nf-call-ip6tables"}
+    calling = [names[version] for version in ruleset.versions if _number(f"bridge/{names[version]}")]
+    if not calling or not _has_bridge():
+        return []
+    return [f"net.bridge.{name}=1: flows that are only bridged are intercepted, too" for name in calling]
+
+
+def _accept_warnings() -> list[str]:
+    if not _number("ipv4/tcp_fwmark_accept"):
+        return []
+    return ["net.ipv4.tcp_fwmark_accept=1: answers to new TCP flows are tracked under the client's own four-tuple"]
+
+
+def _has_bridge() -> bool:
+    from pyroute2 import IPRoute
+
+    with IPRoute() as netlink:
+        return any(netlink.get_links(kind="bridge"))
+
+
+def _number(name: str) -> int:
+    """Read a sysctl; 0 where the kernel has none of that name."""
+    try:
+        return int((_SYSCTL / name).read_text())
+    except FileNotFoundError:
+        return 0
