@@ -1,4 +1,8 @@
-"""What a worker gives up for good: root, every capability but CAP_NET_RAW, and the way back (capabilities(7))."""
+"""What a worker gives up for good: root, all but two capabilities, and the way back (capabilities(7)).
+
+CAP_NET_RAW is enough for IP_TRANSPARENT, foreign binds and SO_MARK. CAP_NET_BIND_SERVICE lets a worker answer as
+port 53 of a foreign address: the kernel's rule about ports below 1024 knows no transparent sockets.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,8 @@ from typing import Final
 
 from tproxyd.errors import PermissionDenied, TproxydError
 
-CAP_NET_RAW: Final = 13
+KEPT: Final = frozenset({10, 13})
+"""CAP_NET_BIND_SERVICE and CAP_NET_RAW."""
 
 _PR_SET_KEEPCAPS: Final = 8
 _PR_CAPBSET_DROP: Final = 24
@@ -21,7 +26,7 @@ _LAST_CAPABILITY: Final = 63
 
 
 def drop_to(user: str) -> None:
-    """Become `user` with CAP_NET_RAW alone, which is enough for IP_TRANSPARENT, foreign binds and SO_MARK.
+    """Become `user` with the capabilities in `KEPT` and no others.
 
     Raises:
         TproxydError: there is no such user.
@@ -35,15 +40,15 @@ def drop_to(user: str) -> None:
     try:
         _prctl(libc, _PR_SET_KEEPCAPS, 1)
         for capability in range(_LAST_CAPABILITY + 1):
-            if capability != CAP_NET_RAW and libc.prctl(_PR_CAPBSET_DROP, capability, 0, 0, 0):
+            if capability not in KEPT and libc.prctl(_PR_CAPBSET_DROP, capability, 0, 0, 0):
                 break  # past the last one this kernel knows
         os.setgroups([])
         os.setresgid(account.pw_gid, account.pw_gid, account.pw_gid)
         os.setresuid(account.pw_uid, account.pw_uid, account.pw_uid)
-        _set_capabilities(libc, 1 << CAP_NET_RAW)
+        _set_capabilities(libc, sum(1 << capability for capability in KEPT))
         _prctl(libc, _PR_SET_NO_NEW_PRIVS, 1)
     except OSError as error:
-        raise PermissionDenied(f"a worker can't become {user!r} with CAP_NET_RAW: {error}: run as root") from error
+        raise PermissionDenied(f"a worker can't become {user!r} and keep CAP_NET_RAW: {error}: run as root") from error
 
 
 def raise_descriptor_limit() -> int:

@@ -195,21 +195,18 @@ class Direction:
     def _copy_urgent(self) -> bool:
         """Pass out-of-band data on as out-of-band data: a read stops at the mark, so a short one proves nothing.
 
-        See tcp(7), SIOCATMARK; RFC 6093 for what the urgent mechanism still means.
+        The read after the mark passes it, which splice never would. See tcp(7), SIOCATMARK; RFC 6093 for what
+        the urgent mechanism still means.
         """
         while True:
             if self._at_mark():
                 try:
-                    byte = self.source.recv(1, socket.MSG_OOB)
+                    self._pass_urgent()
                 except BlockingIOError:
                     return True  # announced, but not here yet: its arrival is another event
-                except OSError as error:
-                    if error.errno != errno.EINVAL:
-                        raise SourceReset from error
-                    byte = b""  # taken before
-                self._give_urgent(byte)
+                if self.blocked:
+                    return True
                 self.urgent = False
-                return False
             data = self._read(READ_BYTES)
             if data is None:
                 return True
@@ -218,14 +215,22 @@ class Direction:
                 return True
             if not self._give(data):
                 return True
+            if not self.urgent:
+                return False
 
-    def _give_urgent(self, byte: bytes) -> None:
-        if not byte:
+    def _pass_urgent(self) -> None:
+        try:
+            byte = self.source.recv(1, socket.MSG_OOB)
+        except BlockingIOError:
+            raise
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # EINVAL: taken before
+                raise SourceReset from error
             return
         try:
             self.total += self.sink.send(byte, socket.MSG_OOB)
         except BlockingIOError:
-            self._held += byte  # the sink is full: better in band than lost
+            self._held = byte  # the sink is full: better in band than lost
             self.blocked = True
         except OSError as error:
             raise SinkReset from error

@@ -2,7 +2,7 @@
 
 Sources: ip(7), ipv6(7), tcp(7), socket(7), Documentation/networking/tproxy.rst. Constants that Python 3.11's
 `socket` lacks are given their Linux numbers here. CAP_NET_RAW is enough for all of it (Linux 5.17 for SO_MARK;
-CAP_NET_ADMIN before).
+CAP_NET_ADMIN before), with CAP_NET_BIND_SERVICE for addresses whose port is below 1024.
 """
 
 from __future__ import annotations
@@ -161,8 +161,6 @@ def _transparent(version: int, kind: int, mark: int, protocol: int = 0, *, trans
             sock.setsockopt(_LEVEL[version], _TRANSPARENT[version], 1)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, mark)
-        if version == 6:
-            sock.setsockopt(SOL_IPV6, socket.IPV6_V6ONLY, 1)
     except BaseException:
         sock.close()
         raise
