@@ -56,8 +56,13 @@ class Preparation:
 
     def __exit__(self, *_: object) -> None:
         """Wait for the child to end."""
-        self._answers.close()
-        os.waitpid(self._pid, 0)
+        self._reap()
+
+    def _reap(self) -> None:
+        if self._pid:
+            self._answers.close()
+            os.waitpid(self._pid, 0)
+            self._pid = 0
 
     def prepared(self) -> Prepared:
         """Wait for the configuration.
@@ -75,6 +80,7 @@ class Preparation:
             TproxydError: as `Application.apply`; nothing has changed then.
         """
         answer: list[str] = self._next()
+        self._reap()
         return answer
 
     def _next(self) -> Any:

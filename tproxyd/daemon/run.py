@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tproxyd.daemon.lock import only_one
+from tproxyd.lock import only_one
 from tproxyd.daemon.log import set_up_logging
 from tproxyd.daemon.preparation import Preparation
 

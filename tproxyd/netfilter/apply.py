@@ -7,9 +7,11 @@ them, so packets are never marked for a table that is not there.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 
 from tproxyd.config import Config
 from tproxyd.errors import RulesetError, TproxydError
+from tproxyd.lock import only_one
 from tproxyd.netfilter.marks import check_marks
 from tproxyd.netfilter.part import Part
 from tproxyd.netfilter.plan import Ruleset, plan
@@ -52,20 +54,21 @@ class Application:
         Raises:
             TproxydError: nothing has changed; where even going back failed, the message says so.
         """
-        self.check()
         done: list[tuple[Part, object]] = []
-        try:
-            for part in self._parts:
-                if part.difference():
-                    done.append((part, part.snapshot()))
-                    part.write()
-            for part in self._others:
-                if (snapshot := part.snapshot()) is not None:
-                    done.append((part, snapshot))
-                    part.restore(None)
-        except BaseException as error:
-            _go_back(done, error)
-            raise
+        with _alone():
+            self.check()
+            try:
+                for part in self._parts:
+                    if part.difference():
+                        done.append((part, part.snapshot()))
+                        part.write()
+                for part in self._others:
+                    if (snapshot := part.snapshot()) is not None:
+                        done.append((part, snapshot))
+                        part.restore(None)
+            except BaseException as error:
+                _go_back(done, error)
+                raise
         return bool(done)
 
     def snapshot(self) -> list[object]:
@@ -75,8 +78,9 @@ class Application:
     def restore(self, snapshots: list[object]) -> None:
         """Bring back a state that `snapshot` returned."""
         pairs = list(zip((*self._parts, *self._others), snapshots, strict=True))
-        for part, snapshot in reversed(pairs):
-            part.restore(snapshot)
+        with _alone():
+            for part, snapshot in reversed(pairs):
+                part.restore(snapshot)
 
 
 def remove() -> bool:
@@ -86,13 +90,14 @@ def remove() -> bool:
         TproxydError: something could not be removed; the rest has been.
     """
     removed, errors = False, []
-    for part in reversed(parts(None, None)):
-        try:
-            if part.snapshot() is not None:
-                part.restore(None)
-                removed = True
-        except TproxydError as error:
-            errors.append(f"{part.name}: {error}")
+    with _alone():
+        for part in reversed(parts(None, None)):
+            try:
+                if part.snapshot() is not None:
+                    part.restore(None)
+                    removed = True
+            except TproxydError as error:
+                errors.append(f"{part.name}: {error}")
     if errors:
         raise RulesetError("; ".join(errors))
     return removed
@@ -114,6 +119,10 @@ def parts(ruleset: Ruleset | None, backend: str | None) -> Sequence[Part]:
     if backend == "iptables" or (backend is None and tables_in_use()):
         found.append(IptablesPart(ruleset))
     return found
+
+
+def _alone() -> AbstractContextManager[None]:
+    return only_one("rules", "another tproxyd is changing the rules")
 
 
 def _go_back(done: list[tuple[Part, object]], error: BaseException) -> None:

@@ -1,0 +1,65 @@
+# Every target installs what it needs (Debian 12), as root or through sudo.
+#   make demo   the main job in a topology of its own        make test    everything CI runs
+#   make lint   ruff, mypy --strict, import-linter            make mininet the Mininet scenarios
+PYTHON ?= /usr/bin/python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+SUDO   := $(if $(filter 0,$(shell id -u)),,sudo)
+
+# python-iptables is built from source: gcc and the headers.
+SYSTEM := python3-venv python3-dev gcc libnftables1 nftables iptables ipset iproute2 procps
+TOPOLOGY := mininet bridge-utils iputils-ping ethtool curl bind9-dnsutils dnsmasq-base nginx-light socat tcpdump
+PEERS  := conntrack iperf3 openssh-client openssh-server
+
+.PHONY: demo test lint mininet golden clean system-demo system-test
+demo: system-demo $(VENV)/mininet
+	$(SUDO) $(BIN)/python mininet/demo.py
+
+mininet: system-demo $(VENV)/mininet
+	$(SUDO) $(BIN)/python mininet/scenario.py
+
+test: system-test lint $(VENV)/mininet
+	$(SUDO) env $(if $(CI),CI=$(CI)) $(BIN)/python -m pytest
+
+lint: $(VENV)/ready
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+# The rulesets in rules/ that the tests hold the renderers to, written anew.
+golden: $(VENV)/ready
+	$(BIN)/python -m tests.lab.golden
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+
+# Services that come with a package (nginx, sshd) are not started: the tests start their own, in namespaces.
+define install
+	@missing=$$(for package in $(1); do \
+	  dpkg-query -W -f '$${Status}' $$package 2>/dev/null | grep -q 'ok installed' || echo $$package; done); \
+	test -z "$$missing" || { \
+	  test -e /usr/sbin/policy-rc.d || { made=1; printf '#!/bin/sh\nexit 101\n' | $(SUDO) tee /usr/sbin/policy-rc.d >/dev/null; \
+	    $(SUDO) chmod 755 /usr/sbin/policy-rc.d; }; \
+	  $(SUDO) apt-get update -q && \
+	  $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends $$missing; \
+	  code=$$?; test -z "$$made" || $(SUDO) rm -f /usr/sbin/policy-rc.d; exit $$code; }
+endef
+
+system-demo:
+	$(call install,$(SYSTEM) $(TOPOLOGY))
+
+system-test:
+	$(call install,$(SYSTEM) $(TOPOLOGY) $(PEERS))
+
+$(VENV)/ready: pyproject.toml | system-demo
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check wheel setuptools
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[dev]'
+	touch $@
+
+# Mininet comes from Debian; only its own folder is lent to the virtual environment.
+$(VENV)/mininet: $(VENV)/ready
+	ln -sfn /usr/lib/python3/dist-packages/mininet \
+	  $$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/mininet
+	touch $@
