@@ -1,0 +1,81 @@
+"""Fixtures of the kernel tests. Whatever a test does, the box must look as before when it ends."""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.lab import Daemon, Gateway, Residue, config, open_descriptors, tproxyd
+
+DaemonFactory = Callable[..., Daemon]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "one_armed: the lab's client, gateway and server on one switch")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.kernel)
+
+
+@pytest.fixture
+def root() -> None:
+    """Skip where the kernel can't be worked on; in CI that is a failure."""
+    if os.geteuid() == 0:
+        return
+    reason = "kernel tests need root and network namespaces"
+    if os.environ.get("CI") == "true":
+        pytest.fail(f"{reason}: CI must not skip them")
+    pytest.skip(reason)
+
+
+@pytest.fixture
+def lab(root: None, request: pytest.FixtureRequest) -> Iterator[Gateway]:
+    """client - gateway - server; mark a test `one_armed` to have all three on one switch.
+
+    At the end the gateway must hold exactly what it held at the start, and this process no more open files.
+    """
+    gc.collect()
+    files = open_descriptors()
+    made = Gateway(one_armed=request.node.get_closest_marker("one_armed") is not None)
+    try:
+        before = Residue.of(made.gateway)
+        yield made
+        made.forwarding(False)
+        left = before.difference(Residue.of(made.gateway))
+    finally:
+        made.close()
+    gc.collect()
+    opened = {number: target for number, target in open_descriptors().items() if files.get(number) != target}
+    assert not left, f"the gateway is not as it was:\n{left}"
+    assert not opened, f"open files are left: {opened}"
+
+
+@pytest.fixture
+def daemon(lab: Gateway, tmp_path: Path) -> Iterator[DaemonFactory]:
+    """Start daemons in the gateway: `daemon(interception={...}, backends={...})`, or `daemon("YAML")`.
+
+    Options of the command follow as positional arguments after the YAML text (None for the usual one). At the
+    end each must stop in order; after a `kill_all`, `remove-rules` takes away what stayed.
+    """
+    started: list[Daemon] = []
+
+    def start(text: str | None = None, *options: str, **sections: Any) -> Daemon:
+        folder = tmp_path / f"daemon{len(started)}"
+        started.append(Daemon(lab.gateway, folder, config(**sections) if text is None else text, *options))
+        return started[-1]
+
+    yield start
+    for each in started:
+        if each.running:
+            each.stop()
+    if any(each.killed for each in started):
+        done = tproxyd(lab.gateway, "remove-rules")
+        assert done.returncode == 0, done.stderr

@@ -1,0 +1,25 @@
+"""The laboratory of the kernel tests: namespaces, a gateway between two networks, the real daemon, what it left behind.
+
+Nothing here knows pytest; the fixtures stand in `tests/kernel/conftest.py`.
+"""
+
+from tests.lab.daemon import Daemon, DaemonError, config, tproxyd
+from tests.lab.gateway import Gateway
+from tests.lab.namespace import Namespace
+from tests.lab.residue import Residue, open_descriptors
+from tests.lab.services import TcpService, UdpService
+from tests.lab.waiting import eventually
+
+__all__ = [
+    "Daemon",
+    "DaemonError",
+    "Gateway",
+    "Namespace",
+    "Residue",
+    "TcpService",
+    "UdpService",
+    "config",
+    "eventually",
+    "open_descriptors",
+    "tproxyd",
+]
