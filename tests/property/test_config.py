@@ -5,7 +5,7 @@ import string
 from ipaddress import IPv4Network, IPv6Network
 from itertools import pairwise
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tproxyd.config import Config, Mark, PortRange, parse_config
@@ -52,6 +52,7 @@ def test_prefixes_are_read_back_as_printed(prefix):
     assert parse_prefix(str(prefix)) == prefix
 
 
+@settings(deadline=None)  # the naive sets are large
 @given(st.lists(NEAR_RANGES | RANGES, max_size=12))
 def test_merged_ranges_are_the_same_ports_and_as_few_as_can_be(ranges):
     merged = merge_ports(ranges)
@@ -139,7 +140,7 @@ def test_anything_that_looks_like_a_config_gives_one_or_a_config_error(data):
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-(10**30), 10**30) | st.floats(allow_nan=False, allow_infinity=False),
-    lambda inner: st.lists(inner) | st.dictionaries(st.text(min_size=1), inner),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(min_size=1, max_size=20), inner),
     max_leaves=20,
 )
 

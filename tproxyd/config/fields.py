@@ -136,7 +136,11 @@ def _read_ports(value: object) -> tuple[PortRange, ...]:
 
 
 def _read_prefix(value: object) -> Prefix:
-    return value if isinstance(value, Prefix) else parse_prefix(_text(value, "a prefix"))
+    if isinstance(value, Prefix):
+        return value
+    if isinstance(value, dict):  # YAML takes the last colon of `2001:db8::` for that of a key
+        raise unexpected(value, "a prefix", "; quote an address that ends with ':'")
+    return parse_prefix(_text(value, "a prefix"))
 
 
 def _read_prefixes(value: object) -> tuple[Prefix, ...]:

@@ -103,11 +103,23 @@ def test_a_refused_value_is_not_reported_a_second_time():
     ]
 
 
+def test_yaml_that_is_not_used_here_is_refused_even_if_the_values_are_right():
+    assert problems_of("interception: {interfaces: [lan0], mark: &x 0x1/0x1}") == [
+        "x:1:42: anchors (&name) are not used here; remove it"
+    ]
+
+
 def test_long_reports_are_cut():
     wrong = ", ".join(["5"] * 1500)
-    lines = problems_of(f"interception: {{interfaces: [a], exclude: {{sources: [{wrong}], destinations: [x]}}}}")
+    lines = problems_of(f"interception: {{interfaces: [a], exclude: {{sources: [{wrong}]}}}}")
     assert len(lines) == 1001
     assert lines[-1] == "x: more problems than these 1000; correct them first"
+
+
+def test_long_reports_begin_where_the_file_does():
+    wrong = ", ".join(["5"] * 1500)
+    lines = problems_of(f"interception: {{interfaces: [a], exclude: {{sources: [x], destinations: [{wrong}]}}}}")
+    assert lines[0].startswith("x:1:53: interception.exclude.sources[0]")
 
 
 def test_as_many_problems_as_are_shown_are_not_called_more():
