@@ -156,6 +156,7 @@ _SYNTAX: Final = {
     "block sequence entries are not allowed in this context": "a list item ('- ') needs a line of its own",
     "did not find expected alphabetic or numeric character": "quote text that begins with '*' or '&'",
     "did not find expected node content": "no value here; quote text that begins or ends with ':'",
+    "found unexpected ':'": "a ':' ends a key; quote text that ends with it",
     "did not find expected ',' or ']'": "the list is not closed; ',' or ']' is missing before this",
     "did not find expected ',' or '}'": "the mapping is not closed; ',' or '}' is missing before this",
     "did not find expected key": "no key where one should be; look at indentation and quotes before this",

@@ -167,6 +167,7 @@ def test_what_is_not_plain_utf_8_text_is_one_clear_problem(data, problem):
         ("a: @x", '1:4: YAML syntax: a value can\'t begin with "@"; quote the text'),
         ("a: [*]", "1:6: YAML syntax: quote text that begins with '*' or '&'"),
         ("a: [::1]", "1:5: YAML syntax: no value here; quote text that begins or ends with ':'"),
+        ("a: [2001:db8::]", "1:14: YAML syntax: a ':' ends a key; quote text that ends with it"),
         ("a: [1\nb: 2", "2:2: YAML syntax: the list is not closed; ',' or ']' is missing before this"),
         ("a: {b: c\n", "2:1: YAML syntax: the mapping is not closed; ',' or '}' is missing before this"),
         ("a: 'b\n", "2:1: YAML syntax: the file ends inside quoted text; the closing quote is missing"),
