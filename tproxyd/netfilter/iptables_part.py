@@ -252,10 +252,24 @@ def _add_ours(kernel: iptc.Table, wanted: Table, *, ipv6: bool) -> None:
         kernel.create_chain(name)
     for name, rules in wanted.chains.items():
         for rule in rules:
-            iptc.Chain(kernel, name).append_rule(iptc.easy.encode_iptc_rule(dict(rule), ipv6))
+            iptc.Chain(kernel, name).append_rule(_encoded(rule, ipv6=ipv6))
     for name, rules in wanted.jumps.items():
         for place, rule in enumerate(rules):
-            iptc.Chain(kernel, name).insert_rule(iptc.easy.encode_iptc_rule(dict(rule), ipv6), place)
+            iptc.Chain(kernel, name).insert_rule(_encoded(rule, ipv6=ipv6), place)
+
+
+def _encoded(rule: iptables.Rule, *, ipv6: bool) -> iptc.Rule:
+    """Make the library's rule of ours, and make good what it gets wrong for IPv6 (1.2.0).
+
+    Its interface masks compare the lowest bit of each letter: `-i lan0` would take lan2, and lan0 counts as lo.
+    """
+    import iptc
+
+    encoded = iptc.easy.encode_iptc_rule(dict(rule), ipv6)
+    if ipv6:
+        for mask in ("iniface_mask", "outiface_mask"):
+            setattr(encoded.entry.ipv6, mask, b"\xff" * len(getattr(encoded.entry.ipv6, mask)))
+    return encoded
 
 
 def _compare(what: str, held: Table, wanted: Table) -> None:

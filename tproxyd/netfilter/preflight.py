@@ -27,32 +27,36 @@ def check_box(ruleset: Ruleset) -> list[str]:
     present = {name for _number, name in if_nameindex()}
     if 6 in ruleset.versions:
         _check_ipv6()
-    if 4 in ruleset.versions:
-        for interface in ruleset.interfaces:
-            if interface in present:
-                _check_reverse_path(interface)
     missing = [name for name in ruleset.interfaces if name not in present]
     warnings = [f"interface {name} does not exist (yet): nothing comes in through it" for name in missing]
+    if 4 in ruleset.versions:
+        warnings += _source_warnings(ruleset, sorted(present - {"lo"}))
     return warnings + _bridge_warnings(ruleset) + _accept_warnings()
 
 
-def _check_reverse_path(interface: str) -> None:
-    """Strict reverse-path filtering that heeds marks: a marked packet's source is looked up in our local table.
+def _source_warnings(ruleset: Ruleset, present: list[str]) -> list[str]:
+    """Refuse what makes the kernel drop clients' packets, warn of the same on other interfaces: servers' answers.
 
-    The kernel takes the greater rp_filter, and either src_valid_mark (Documentation/networking/ip-sysctl.rst).
+    With src_valid_mark a marked packet's source is looked up by its mark, so in our route table: it counts as one
+    of the box's own, and is dropped whatever rp_filter says. accept_local lets it pass, but not a strict rp_filter.
+    The kernel takes the greater rp_filter, and either of the others (Documentation/networking/ip-sysctl.rst).
     """
-    values = {
-        (name, where): _number(f"ipv4/conf/{where}/{name}")
-        for name in ("rp_filter", "src_valid_mark")
-        for where in ("all", interface)
-    }
-    strict = max(values["rp_filter", "all"], values["rp_filter", interface]) == _STRICT
-    if strict and (values["src_valid_mark", "all"] or values["src_valid_mark", interface]):
-        where = "all" if values["src_valid_mark", "all"] else interface
-        raise RulesetError(
-            f"rp_filter=1 together with net.ipv4.conf.{where}.src_valid_mark=1 drops every packet from {interface}: "
-            f"sysctl -w net.ipv4.conf.{interface}.rp_filter=2 (loose)"
-        )
+    warnings = []
+    for interface in present:
+        where = next((name for name in ("all", interface) if _setting(name, "src_valid_mark")), None)
+        accepts = _setting("all", "accept_local") or _setting(interface, "accept_local")
+        strict = max(_setting("all", "rp_filter"), _setting(interface, "rp_filter")) == _STRICT
+        if where is None or (accepts and not strict):
+            continue
+        mend = f"sysctl -w net.ipv4.conf.{where}.src_valid_mark=0 (wg-quick sets it; rp_filter=2 serves as well there)"
+        if interface in ruleset.interfaces:
+            raise RulesetError(f"src_valid_mark=1 makes the kernel drop what comes from {interface}: {mend}")
+        warnings.append(f"src_valid_mark=1: answers of servers behind {interface} will be dropped: {mend}")
+    return warnings
+
+
+def _setting(where: str, name: str) -> int:
+    return _number(f"ipv4/conf/{where}/{name}")
 
 
 def _check_ipv6() -> None:
