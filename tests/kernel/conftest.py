@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,9 @@ from typing import Any
 import pytest
 
 from tests.lab import Daemon, Gateway, Residue, config, open_descriptors, tproxyd
+
+with warnings.catch_warnings(action="ignore"), contextlib.suppress(ImportError):
+    import distutils.sysconfig  # noqa: F401  # half of python-iptables' start, which each of its children would pay
 
 DaemonFactory = Callable[..., Daemon]
 
@@ -34,6 +39,13 @@ def root() -> None:
     if os.environ.get("CI") == "true":
         pytest.fail(f"{reason}: CI must not skip them")
     pytest.skip(reason)
+
+
+@pytest.fixture(params=["nftables", "iptables"])
+def ruleset(request: pytest.FixtureRequest) -> str:
+    """Run the test with both back ends."""
+    name: str = request.param
+    return name
 
 
 @pytest.fixture

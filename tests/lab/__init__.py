@@ -3,10 +3,10 @@
 Nothing here knows pytest; the fixtures stand in `tests/kernel/conftest.py`.
 """
 
-from tests.lab.daemon import Daemon, DaemonError, config, tproxyd
+from tests.lab.daemon import Daemon, DaemonError, cli, config, tproxyd, write_config
 from tests.lab.gateway import Gateway
 from tests.lab.namespace import Namespace
-from tests.lab.residue import Residue, open_descriptors
+from tests.lab.residue import Residue, exact_listings, listings, open_descriptors
 from tests.lab.services import TcpService, UdpService
 from tests.lab.waiting import eventually
 
@@ -18,8 +18,12 @@ __all__ = [
     "Residue",
     "TcpService",
     "UdpService",
+    "cli",
     "config",
     "eventually",
+    "exact_listings",
+    "listings",
     "open_descriptors",
     "tproxyd",
+    "write_config",
 ]

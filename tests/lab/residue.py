@@ -12,7 +12,7 @@ from typing import Final, Self
 from tests.lab.namespace import Namespace
 
 _LISTINGS: Final = (
-    "nft list ruleset",
+    "nft -a list ruleset",
     "iptables-legacy-save",
     "ip6tables-legacy-save",
     "iptables-nft-save",
@@ -24,7 +24,9 @@ _LISTINGS: Final = (
     "ip -6 route show table all",
 )
 _SCRIPT: Final = "\n".join(f"echo '### {command}'; {command} 2>&1" for command in _LISTINGS)
-_COUNTERS: Final = re.compile(r"\[\d+:\d+\]|(?<=counter )packets \d+ bytes \d+|expires \d+\w*")
+_COUNTERS: Final = re.compile(r"\[\d+:\d+\]|(?<=counter )packets \d+ bytes \d+| expires \w+")
+_CHANCE: Final = re.compile(r" hashsize \d+| initval 0x\w+")  # of an ipset: differs from one making to the next
+_HANDLES: Final = re.compile(r" # handle \d+")
 _LISTEN: Final = "0A"
 
 
@@ -47,16 +49,17 @@ class Residue:
 
 
 def listings(namespace: Namespace) -> list[str]:
-    """The full listings of rules, sets and routes, counters as zeros, without comments."""
-    text = _COUNTERS.sub("0", namespace.run(["sh", "-c", _SCRIPT]).stdout)
-    return [line for line in text.splitlines() if not re.match(r"# |#$", line)]
+    """The full listings of rules, sets and routes; without comments, counters, handles and the order of ipsets."""
+    text = _HANDLES.sub("", _CHANCE.sub("", exact_listings(namespace)))
+    before, mark, rest = text.partition("### ipset save\n")
+    sets, following, after = rest.partition("### ip -4 rule")
+    return [*(before + mark).splitlines(), *sorted(sets.splitlines()), *(following + after).splitlines()]
 
 
 def exact_listings(namespace: Namespace) -> str:
-    """The full listings byte for byte with all counters; only the comments with the time of day are left out."""
-    script = _SCRIPT.replace("-save 2", "-save -c 2")
-    text = namespace.run(["sh", "-c", script]).stdout
-    return re.sub(r"(?m)^# .*\n", "", text)
+    """The full listings byte for byte with all handles; counters as zeros, comments with the time left out."""
+    text = namespace.run(["sh", "-c", _SCRIPT]).stdout
+    return re.sub(r"(?m)^# .*\n", "", _COUNTERS.sub("0", text))
 
 
 def without_empty_tables(lines: list[str]) -> list[str]:
