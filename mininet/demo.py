@@ -96,7 +96,7 @@ def _outside(arguments: list[str]) -> int:
     print("\nLeft behind (namespaces, interfaces, rules, routes, processes, files):", ", ".join(left) or "none")
     if left and not code:
         code = 1
-    verdict = _paint("OK", 32) if code == 0 else _paint("FAILED", 31)
+    verdict = _paint("OK", 32) if code == 0 else _paint("NOT FINISHED" if code == 130 else "FAILED", 31)
     print(f"{verdict} after {time.monotonic() - started:.1f} s")
     return code
 
@@ -260,7 +260,8 @@ def _stop(bed: Testbed) -> None:
 
 
 def _rules_in_short(rules: dict[str, str]) -> str:
-    nft = [line for line in rules["nftables"].splitlines() if line.startswith("\t\t") and "policy" not in line]
+    chains = re.findall(r"^\tchain .*?^\t}", rules["nftables"], re.MULTILINE | re.DOTALL)
+    nft = [line for chain in chains for line in chain.splitlines()[2:-1]]  # without name, hook and bracket
     xt = [line for line in rules["iptables"].splitlines() if line.startswith("-A")]
     routing = [line for line in rules["ip rule"].splitlines() if "7440" in line]
     counts = {"nftables rules": len(nft), "iptables rules": len(xt), "policy routing rules": len(routing)}

@@ -21,6 +21,7 @@ WEB_PORTS: Final = (80, 8080)
 DNS_PORT: Final = 53
 ECHO_PORTS: Final = (7000, 7001)
 ZONE: Final = "tproxyd.test"
+WORKERS: Final = 2
 BIG_FILE_BYTES: Final = 4_000_000
 
 _START_S: Final = 15.0
@@ -36,7 +37,7 @@ backends:
   straight: {{type: direct, source: four-tuple}}
 default: straight
 timeouts: {{udp_idle: 2s}}
-workers: 2
+workers: {workers}
 logging: {{flows: true, format: json}}
 """
 
@@ -134,7 +135,7 @@ class Gateway:
         """
         if not self._before:
             self._before = rules_in(enter(self.node))
-        self.config.write_text(_TPROXYD_YAML.format(ruleset=ruleset))
+        self.config.write_text(_TPROXYD_YAML.format(ruleset=ruleset, workers=WORKERS))
         served = self._served()
         with self.log.open("a") as log:
             command = [*tproxyd(), "run", "-c", str(self.config)]
