@@ -48,6 +48,11 @@ class Seen:
     hops_left: int
     fragment: bool
 
+    @property
+    def connection(self) -> frozenset[Endpoint]:
+        """Both ends, whichever sent this."""
+        return frozenset((self.source, self.destination))
+
 
 class Capture:
     """Listens from `with` to its end.
@@ -60,27 +65,31 @@ class Capture:
         self._taps = taps
         self._seen: list[Seen] = []
         self._start = 0
+        self._old: set[frozenset[Endpoint]] = set()
+        self._sockets: dict[Any, str] = {}
         self._sniffer: Any = None
 
     def __enter__(self) -> Self:
-        sockets = {}
         for node, (pid, interface) in self._taps.items():
             with _network_namespace(pid):
-                sockets[conf.L2listen(iface=interface, promisc=False)] = node
-        self._sniffer = AsyncSniffer(opened_socket=sockets, store=False, prn=self._take)
+                self._sockets[conf.L2listen(iface=interface, promisc=False)] = node
+        self._sniffer = AsyncSniffer(opened_socket=self._sockets, store=False, prn=self._take)
         self._sniffer.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._sniffer.stop()
+        for listener in self._sockets:
+            listener.close()
 
     def forget(self) -> None:
-        """Begin anew: what was seen so far is no longer told."""
+        """Begin anew: neither what was seen so far nor the rest of those TCP connections is told any more."""
         self._start = len(self._seen)
+        self._old = {packet.connection for packet in self._seen if packet.network == "tcp"}
 
     def seen(self) -> list[Seen]:
         """All packets since the start, or since `forget`."""
-        return self._seen[self._start :]
+        return [packet for packet in self._seen[self._start :] if packet.connection not in self._old]
 
     def wait(self, condition: Callable[[list[Seen]], bool], timeout_s: float = 2.0) -> list[Seen]:
         """Wait until what was seen fulfils a condition or time is up; return it either way."""

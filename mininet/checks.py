@@ -1,6 +1,7 @@
-"""What must hold in a topology, asserted from the packets at both ends. Each check is a function of a `Scenario`.
+"""What must hold in a topology, asserted from packets at both ends. Each check is a function of a `Scenario`.
 
-To add one: write a function that takes the scenario and returns rows, and give it a name in `CHECKS`.
+To add one: write a function that takes the scenario and returns rows, and give it a name in `CHECKS` and in
+`scenario.CHECK_NAMES`, which is known without Mininet, too.
 """
 
 from __future__ import annotations

@@ -106,18 +106,18 @@ def _interrupt(*_: object) -> NoReturn:
 
 
 def _inside(ruleset: str, folder: Path, *, show_rules: bool) -> int:
-    from testbed import testbed
+    from testbed import log_tails, testbed
     from topologies import FourHosts
 
     print("tproxyd demo: four clients, a gateway, a server, each a Mininet host of its own\n")
     print(_PICTURE)
     print("The gateway forwards nothing (ip_forward = 0): what reaches the server went through tproxyd.")
-    with testbed(FourHosts(), folder) as bed:
-        try:
+    try:
+        with testbed(FourHosts(), folder) as bed:
             _show(bed, ruleset, show_rules=show_rules)
-        except (StepError, OSError, RuntimeError, subprocess.SubprocessError) as error:
-            print(f"\n{_paint('failed', 31)}: {error}\n\nthe end of tproxyd's log:\n{bed.gateways[0].log_tail()}")
-            return 1
+    except (StepError, OSError, RuntimeError, subprocess.SubprocessError) as error:
+        print(f"\n{_paint('failed', 31)} in this step: {error}\nThe logs end with:\n{log_tails(folder)}")
+        return 1
     return 0
 
 

@@ -14,7 +14,7 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -24,6 +24,19 @@ if TYPE_CHECKING:
     from checks import Row
 
 TOPOLOGIES: Final = ("four-hosts", "two-gateways")
+CHECK_NAMES: Final = (
+    "tcp-ipv4",
+    "tcp-ipv6",
+    "udp-ipv4",
+    "udp-ipv6",
+    "udp-fragments-ipv4",
+    "udp-fragments-ipv6",
+    "second-port",
+    "same-source-port",
+    "access-log",
+    "killed",
+    "clean-stop",
+)
 RULESETS: Final = ("nftables", "iptables")
 LIMIT_S: Final = 110.0
 
@@ -37,12 +50,14 @@ class Result:
     Attributes:
         rows: the table, each row by column.
         problem: why it could not even be made; empty if it could.
+        logs: how the logs ended, where something was wrong.
     """
 
     check: str
     seconds: float
     rows: tuple[dict[str, str], ...] = ()
     problem: str = ""
+    logs: str = ""
 
     @property
     def ok(self) -> bool:
@@ -64,7 +79,7 @@ def run(topology: str, ruleset: str, checks: Sequence[str] = ()) -> Iterator[Res
     Args:
         topology: one of `TOPOLOGIES`.
         ruleset: one of `RULESETS`.
-        checks: names in `checks.CHECKS`; none for all.
+        checks: some of `CHECK_NAMES`; none for all.
     """
     started = time.monotonic()
     place = Place("scenario")
@@ -93,7 +108,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Asserts from packets that tproxyd keeps the four-tuple.")
     parser.add_argument("--topology", choices=TOPOLOGIES, help="default: all")
     parser.add_argument("--ruleset", choices=RULESETS, help="default: both")
-    parser.add_argument("--check", action="append", default=[], help="only this one; may be repeated")
+    parser.add_argument(
+        "--check", action="append", choices=CHECK_NAMES, default=[], help="only this one; may be repeated"
+    )
     parser.add_argument("--inside", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.inside:
@@ -120,13 +137,15 @@ def _printed(topology: str, ruleset: str, checks: Sequence[str]) -> Iterator[Res
         print(f"{'ok    ' if result.ok else 'FAILED'} {result.check}  ({result.seconds:.1f} s)")
         if table := result.table():
             print(table)
+        if result.logs:
+            print(f"   The logs end with:\n{result.logs}")
         yield result
 
 
 def _inside(topology: str, ruleset: str, names: Sequence[str], folder: Path) -> int:
     from capture import Capture
-    from checks import CHECKS, Scenario
-    from testbed import testbed
+    from checks import Scenario
+    from testbed import log_tails, testbed
     from topologies import TOPOLOGIES as CLASSES
 
     started = time.monotonic()
@@ -136,12 +155,9 @@ def _inside(topology: str, ruleset: str, names: Sequence[str], folder: Path) -> 
             bed.start_gateways(ruleset)
             _tell(Result("start", round(time.monotonic() - started, 1)))
             scenario = Scenario(bed, capture, ruleset)
-            for name in names or CHECKS:
+            for name in names or CHECK_NAMES:
                 result = _checked(scenario, name)
-                _tell(result)
-                if not result.ok:
-                    logs = "\n".join(f"--- {gateway.log}\n{gateway.log_tail()}" for gateway in bed.gateways)
-                    print(f"{name}:\n{logs}", file=sys.stderr)
+                _tell(result if result.ok else replace(result, logs=log_tails(folder)))
     return 0
 
 

@@ -141,8 +141,8 @@ class Gateway:
             command = [*tproxyd(), "run", "-c", str(self.config)]
             self.process = self.node.popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         wait_for(lambda: self._served() > served or self._ended(), f"tproxyd on {self.node.name}")
-        if self._ended():
-            raise RuntimeError(f"tproxyd on {self.node.name} ended:\n{self.log_tail()}")
+        if self.process.poll() is not None:
+            raise RuntimeError(f"tproxyd on {self.node.name} ended with exit code {self.process.returncode}")
 
     def stop(self) -> int:
         """Stop it the clean way; return its exit code."""
@@ -174,11 +174,6 @@ class Gateway:
     def residue(self) -> list[str]:
         """What differs in the kernel from before the first start."""
         return [what for what, text in self.rules().items() if text != self._before.get(what, text)]
-
-    def log_tail(self) -> str:
-        """The last lines of the log."""
-        lines = self.log.read_text().splitlines() if self.log.exists() else []
-        return "\n".join(lines[-_TAIL_LINES:])
 
     def _entries(self) -> Iterator[dict[str, Any]]:
         for line in self.log.read_text().splitlines() if self.log.exists() else []:
@@ -300,6 +295,15 @@ def testbed(topology: FourHosts, folder: Path) -> Iterator[Testbed]:
         yield bed
     finally:
         bed.stop()
+
+
+def log_tails(folder: Path) -> str:
+    """The last lines of every log in a testbed's folder."""
+    paths = (path for path in sorted(folder.glob("*/*")) if path.suffix in {".log", ".out"})
+    logs = ((path, path.read_text(errors="replace").splitlines()) for path in paths)
+    return "\n".join(
+        "\n".join([f"--- {path.parent.name}/{path.name}", *lines[-_TAIL_LINES:]]) for path, lines in logs if lines
+    )
 
 
 def tproxyd() -> list[str]:
