@@ -67,7 +67,7 @@ class IptablesPart:
     def difference(self) -> str:
         """As `Part.difference`: in the syntax of iptables-save and ipset save."""
         wanted = self._wanted()
-        found = _set_difference(ipset.read(), wanted.sets)
+        found = in_child(_set_difference, wanted.sets)
         for version in _VERSIONS:
             held = in_child(_read_family, version)
             found += _table_difference(version, held, wanted.tables[version])
@@ -109,17 +109,18 @@ def tables_in_use() -> bool:
 
 def _replace(state: State) -> None:
     """Put a state in place of whatever is ours, such that no rule ever leads to something that is missing."""
-    ipset.put(state.sets)
+    in_child(ipset.put, state.sets)
     with _xtables_lock():
         for version in _VERSIONS:
             in_child(_write_family, version, state.tables[version])
     ipset.keep_only(state.sets)
-    if found := _set_difference(ipset.read(), state.sets):
+    if found := in_child(_set_difference, state.sets):
         raise RulesetError(f"ipsets differ after writing them: {found[-1]}")
 
 
-def _set_difference(held: tuple[IpSet, ...], wanted: tuple[IpSet, ...]) -> list[str]:
-    now, then = ({ip_set.name: ip_set for ip_set in sets} for sets in (held, wanted))
+def _set_difference(wanted: tuple[IpSet, ...]) -> list[str]:
+    """Compare the kernel's sets with what is wanted; in a child, lest 100,000 prefixes leave their memory behind."""
+    now, then = ({ip_set.name: ip_set for ip_set in sets} for sets in (ipset.read(), wanted))
     found = []
     for name in sorted(now.keys() | then.keys()):
         if name in now and name in then and ipset.same(now[name], then[name]):
@@ -148,6 +149,8 @@ def _existing(version: int) -> set[str]:
         return set(Path(_NAMES_FILE[version]).read_text().split())
     except FileNotFoundError:
         return set()
+    except PermissionError as error:
+        raise PermissionDenied("iptables: not permitted: run as root or with CAP_NET_ADMIN") from error
 
 
 @contextmanager
