@@ -6,7 +6,7 @@ import contextlib
 import gc
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,9 +79,10 @@ def daemon(lab: Gateway, tmp_path: Path) -> Iterator[DaemonFactory]:
     """
     started: list[Daemon] = []
 
-    def start(text: str | None = None, *options: str, **sections: Any) -> Daemon:
+    def start(text: str | None = None, *options: str, under: Sequence[str] = (), **sections: Any) -> Daemon:
         folder = tmp_path / f"daemon{len(started)}"
-        started.append(Daemon(lab.gateway, folder, config(**sections) if text is None else text, *options))
+        content = config(**sections) if text is None else text
+        started.append(Daemon(lab.gateway, folder, content, *options, under=under))
         return started[-1]
 
     yield start

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -77,8 +77,15 @@ class Daemon:
         killed: `kill_all` ended it.
     """
 
-    def __init__(self, namespace: Namespace, folder: Path, text: str | Mapping[str, Any], *options: str) -> None:
-        """Write the configuration, start, and wait until it serves.
+    def __init__(
+        self,
+        namespace: Namespace,
+        folder: Path,
+        text: str | Mapping[str, Any],
+        *options: str,
+        under: Sequence[str] = (),
+    ) -> None:
+        """Write the configuration, start (through the program `under`, such as prlimit), and wait until it serves.
 
         Raises:
             DaemonError: it ended instead.
@@ -88,7 +95,7 @@ class Daemon:
         self.killed = False
         with self._log.open("wb") as stderr:
             self.process = namespace.popen(
-                [*TPROXYD, "run", "-c", str(self.path), *options],
+                [*under, *TPROXYD, "run", "-c", str(self.path), *options],
                 stdin=subprocess.DEVNULL,
                 stdout=stderr,
                 stderr=stderr,

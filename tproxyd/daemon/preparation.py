@@ -55,11 +55,12 @@ class Preparation:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Wait for the child to end."""
-        self._reap()
+        self.wait()
 
-    def _reap(self) -> None:
+    def wait(self) -> None:
+        """Wait for the child to end: it may still be at writing the rules, and nobody may meddle with them."""
         if self._pid:
+            self._answers.read()
             self._answers.close()
             os.waitpid(self._pid, 0)
             self._pid = 0
@@ -80,7 +81,7 @@ class Preparation:
             TproxydError: as `Application.apply`; nothing has changed then.
         """
         answer: list[str] = self._next()
-        self._reap()
+        self.wait()
         return answer
 
     def _next(self) -> Any:

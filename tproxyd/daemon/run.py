@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tproxyd.lock import only_one
 from tproxyd.daemon.log import set_up_logging
 from tproxyd.daemon.preparation import Preparation
+from tproxyd.lock import only_one
 
 
 def run(path: Path, *, keep_rules: bool) -> None:
@@ -34,4 +34,5 @@ def run(path: Path, *, keep_rules: bool) -> None:
             if not (served and keep_rules):
                 from tproxyd.netfilter.apply import remove
 
+                preparation.wait()
                 remove()

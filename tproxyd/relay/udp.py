@@ -110,6 +110,8 @@ class UdpRelay:
                 self.counters.udp_without_orig_dst += 1
             elif orig_dst.address == LOOPBACK[orig_dst.version]:
                 self.counters.refused_loop += 1
+            elif not peer[1] or not orig_dst.port:
+                self.drop(f"port 0 can't be answered: {peer[0]} to {orig_dst}")  # connect(2) to port 0 connects nothing
             else:
                 self.take(Client(peer[0], peer[1]), orig_dst, self.buffer[:size])
 
@@ -278,6 +280,9 @@ class ServerSide:
                 else:
                     size, peer = sock.recvfrom_into(buffer)
                     source = OrigDst(peer[0], peer[1])
+                    if not source.port:
+                        self.relay.drop(f"port 0 can't be answered: {source} to {self.client}")
+                        continue
             except BlockingIOError:
                 return
             except OSError:
