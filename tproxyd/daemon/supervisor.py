@@ -195,10 +195,8 @@ class Supervisor:
             except PermissionError as error:
                 raise PermissionDenied(f"no transparent socket ({error}): run as root or with CAP_NET_RAW") from error
             except OSError as error:
-                ports = {port for _, _, port in self._prepared.listen}
-                raise TproxydError(
-                    f"the listener can't be opened on port {ports}: {error}: set another port"
-                ) from error
+                port = self._prepared.listen[0][2]
+                raise TproxydError(f"the listener can't be opened on port {port}: {error}: set another port") from error
 
     async def _start(self) -> None:
         warnings = await asyncio.get_running_loop().run_in_executor(None, self._rules)

@@ -31,7 +31,7 @@ class NftPart:
 
     def check(self) -> None:
         """As `Part.check`: a table of our name must be ours."""
-        if _exists() and f'\tcomment "{nft.OWNER_COMMENT}"\n' not in _listing():
+        if _exists() and not _is_ours(_listing()):
             raise RulesetError(f"nftables table {nft.TABLE} exists and is not tproxyd's: rename or delete it")
 
     def difference(self) -> str:
@@ -45,8 +45,9 @@ class NftPart:
         return "\n".join(lines) or "nftables: the table was changed by hand and is written again"
 
     def snapshot(self) -> str | None:
-        """As `Part.snapshot`: the table as text."""
-        return _listing() if _exists() else None
+        """As `Part.snapshot`: the table as text; someone else's table of our name is none of our state."""
+        listing = _listing() if _exists() else ""
+        return listing if _is_ours(listing) else None
 
     def write(self) -> None:
         """As `Part.write`."""
@@ -93,6 +94,10 @@ class NftPart:
 def _exists() -> bool:
     tables = libnftables.run_json("list tables inet")
     return any(item.get("table", {}).get("name") == nft.TABLE.split()[1] for item in tables)
+
+
+def _is_ours(listing: str) -> bool:
+    return f'\tcomment "{nft.OWNER_COMMENT}"\n' in listing
 
 
 def _listing() -> str:
