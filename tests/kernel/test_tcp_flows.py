@@ -399,3 +399,27 @@ def test_syn_flood_leaves_the_gateway_serving(lab: Gateway, daemon: DaemonFactor
         client.sendall(b"alive")
         assert client.recv(5) == b"alive"
     assert running.counters()["flow_errors"] == 0
+
+
+@versions
+@pytest.mark.parametrize("ruleset", ["nftables", "iptables"])
+@pytest.mark.parametrize("on_failure", ["closed", "open"])
+@pytest.mark.parametrize("last", ["client", "server"])
+def test_a_lost_last_acknowledgement_is_sent_again(
+    lab: Gateway, daemon: DaemonFactory, version: int, ruleset: str, on_failure: str, last: str
+) -> None:
+    """Packets of half-open and TIME_WAIT sockets must reach them, too: the kernel knows little of those."""
+    daemon(interception={"ruleset": ruleset, "on_failure": on_failure})
+    pair = Pair(lab, version)
+    first, second, namespace = (
+        (pair.server, pair.client, lab.client) if last == "client" else (pair.client, pair.server, lab.server)
+    )
+    first.close()
+    assert second.recv(1) == b""
+    namespace.nft("table inet deaf { chain input { type filter hook input priority 0; tcp flags ack drop; }; }")
+    second.close()
+    time.sleep(0.3)
+    assert namespace.run(["ss", "-tanH", "state", "last-ack"]).stdout, "its last acknowledgement was lost"
+    namespace.nft("delete table inet deaf")
+    eventually(lambda: not namespace.run(["ss", "-tanH", "state", "last-ack"]).stdout, "the FIN sent again is answered")
+    pair.close()

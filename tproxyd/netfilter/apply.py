@@ -126,10 +126,12 @@ def _alone() -> AbstractContextManager[None]:
 
 
 def _go_back(done: list[tuple[Part, object]], error: BaseException) -> None:
+    """Bring every part back that was written, whatever happens to another."""
+    failed = []
     for part, snapshot in reversed(done):
         try:
             part.restore(snapshot)
         except TproxydError as second:
-            raise RulesetError(
-                f"{error}; and {part.name} could not be brought back ({second}): run tproxyd remove-rules"
-            ) from error
+            failed.append(f"{part.name} could not be brought back ({second})")
+    if failed:
+        raise RulesetError(f"{error}; and {', '.join(failed)}: run tproxyd remove-rules") from error

@@ -172,7 +172,8 @@ def _raw(ruleset: Ruleset, version: int) -> Table:
             ],
             "TPROXYD_NEW": [
                 *_stays_in_kernel(ruleset, version),
-                *_unless_syn(ruleset),
+                *_unless_leased(ruleset, version),
+                *([_UNLESS_SYN] if ruleset.lease else []),
                 *_flows(ruleset, version, {"goto": "TPROXYD_CLIENT"}),
             ],
             "TPROXYD_CLIENT": [{"target": {"CT": {"notrack": ""}}}, _set_mark(ruleset)],
@@ -214,17 +215,26 @@ def _mangle(ruleset: Ruleset, version: int) -> Table:
     if ruleset.own_traffic:
         table.jumps["OUTPUT"] = [{"target": "TPROXYD_OWN"}]
         table.chains["TPROXYD_OWN"] = _own_traffic(ruleset, version)
+        remember = {"target": {"CONNMARK": {"set-xmark": f"{ruleset.mark.value:#x}/{ruleset.mark.mask:#x}"}}}
+        table.chains["TPROXYD_OWN_NEW"] = [remember, {"target": {"goto": "TPROXYD_OURS"}}]
     return table
 
 
 def _own_traffic(ruleset: Ruleset, version: int) -> list[Rule]:
-    """The box's own new connections, turned round to the loopback device; never tproxyd's."""
+    """The box's own new connections, turned round to the loopback device; never tproxyd's.
+
+    The connection's mark remembers which ones: those that ran before go on as they are.
+    """
     return [
         {"mark": {"mark": _shown(ruleset.client_mark)}, "target": "RETURN"},
         {"mark": {"mark": _shown(ruleset.server_mark)}, "target": "RETURN"},
         {"conntrack": {"ctdir": "REPLY"}, "target": "RETURN"},
+        *_unless_leased(ruleset, version),
+        {"connmark": {"mark": _shown(ruleset.mark)}, "target": {"goto": "TPROXYD_OURS"}},
+        {"conntrack": {"ctstate": ["!", "NEW"]}, "target": "RETURN"},
+        _UNLESS_SYN,
         *_stays_in_kernel(ruleset, version),
-        *_flows(ruleset, version, {"goto": "TPROXYD_OURS"}),
+        *_flows(ruleset, version, {"goto": "TPROXYD_OWN_NEW"}),
     ]
 
 
@@ -235,8 +245,6 @@ def _stays_in_kernel(ruleset: Ruleset, version: int) -> list[Rule]:
         if prefix_set.version == version:
             direction = {"destination": "dst", "source": "src"}[prefix_set.field]
             rules.append({"set": {"match-set": [_set_name(prefix_set), direction]}, "target": "RETURN"})
-    if ruleset.lease:
-        rules.append({"set": {"match-set": ["!", lease_name(version), "src"]}, "target": "RETURN"})
     return rules
 
 
@@ -244,10 +252,14 @@ _NEVER_TYPES: Final = {4: ("LOCAL,BROADCAST,ANYCAST,MULTICAST",), 6: ("LOCAL,ANY
 """IPv6 has no broadcast, and its addrtype wants multicast *and* the other types where one rule names both."""
 
 
-def _unless_syn(ruleset: Ruleset) -> list[Rule]:
-    """A gateway that has just begun to intercept leaves running connections alone."""
-    not_syn = {"protocol": "tcp", "tcp": {"tcp-flags": ["!", *_SYN]}, "target": "RETURN"}
-    return [not_syn] if ruleset.lease else []
+def _unless_leased(ruleset: Ruleset, version: int) -> list[Rule]:
+    """A gateway that fails open intercepts only while its daemon renews the lease."""
+    lease = {"set": {"match-set": ["!", lease_name(version), "src"]}, "target": "RETURN"}
+    return [lease] if ruleset.lease else []
+
+
+_UNLESS_SYN: Final = {"protocol": "tcp", "tcp": {"tcp-flags": ["!", *_SYN]}, "target": "RETURN"}
+"""What begins to intercept, and may fail open, leaves running connections alone."""
 
 
 def _flows(ruleset: Ruleset, version: int, target: Rule) -> list[Rule]:

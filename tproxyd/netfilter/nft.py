@@ -17,7 +17,10 @@ OWNER_COMMENT: Final = "managed by tproxyd"
 LEASE_SET: Final = "lease"
 
 _ADDRESS: Final = {4: "ip", 6: "ip6"}
-_OUR_SOCKET: Final = "socket transparent 1 socket wildcard 0"
+_OUR_SOCKET: Final = "socket transparent 1"
+_FOREIGN_LISTENER: Final = "socket transparent 1 socket wildcard 1"
+"""Someone else's transparent socket on the wildcard address: ours are bound to loopback. To ask for `wildcard 0`
+would miss our half-open and TIME_WAIT sockets, of which the kernel can't say."""
 _RELAYED: Final = "meta l4proto { icmp, tcp, udp, ipv6-icmp }"
 _SYN: Final = "tcp flags syn / fin,syn,rst,ack"
 _NOT_SYN: Final = "tcp flags != syn / fin,syn,rst,ack"
@@ -44,9 +47,11 @@ def chains(ruleset: Ruleset) -> dict[str, list[str]]:
         "intercept": _intercept_chain(ruleset),
         "new_flow": _new_flow(ruleset, "notrack "),
         "divert": [
-            "type filter hook prerouting priority mangle; policy accept;",
+            "type filter hook prerouting priority mangle + 5; policy accept;",
             f"{_matches(ruleset.mark)} return",
-            f"{_RELAYED} {_OUR_SOCKET} {_set(ruleset.mark)}",
+            f"{_RELAYED.replace('{', '!= {')} return",
+            f"{_FOREIGN_LISTENER} return",
+            f"{_OUR_SOCKET} {_set(ruleset.mark)}",
         ],
         "client_side": [
             "type filter hook output priority raw; policy accept;",
@@ -55,7 +60,13 @@ def chains(ruleset: Ruleset) -> dict[str, list[str]]:
     }
     if ruleset.own_traffic:
         found["own_output"] = _own_output_chain(ruleset)
-        found["own_flow"] = [f"{_OUR_SOCKET} accept", *_new_flow(ruleset, "")]
+        found["own_flow"] = [
+            f"{_SYN} goto own_new_flow",
+            f"{_FOREIGN_LISTENER} goto own_new_flow",
+            f"{_OUR_SOCKET} accept",
+            "goto own_new_flow",
+        ]
+        found["own_new_flow"] = _new_flow(ruleset, "")
     return found
 
 
@@ -75,6 +86,7 @@ def _intercept_chain(ruleset: Ruleset) -> list[str]:
         f"iifname != {interfaces} return",
         f"{_RELAYED.replace('{', '!= {')} return",
         f"{_SYN} goto new_flow",
+        f"{_FOREIGN_LISTENER} goto new_flow",
         f"{_OUR_SOCKET} {_matches(ruleset.server_mark, 'socket mark')} return",
         f"{_OUR_SOCKET} notrack {_set(ruleset.mark)} accept",
         "goto new_flow",
@@ -82,8 +94,11 @@ def _intercept_chain(ruleset: Ruleset) -> list[str]:
 
 
 def _new_flow(ruleset: Ruleset, track: str) -> list[str]:
-    """Packets of no socket of ours: what must stay in the kernel, then the listener, then the last word."""
-    lines = _stays_in_kernel(ruleset)
+    """Packets of no socket of ours: what must stay in the kernel, then the listener, then the last word.
+
+    A gateway that has just begun to intercept, and may fail open, leaves running connections alone.
+    """
+    lines = [*_stays_in_kernel(ruleset), *_unless_leased(ruleset)]
     if ruleset.lease:
         lines.append(f"{_NOT_SYN} return")
     lines += [_tproxy(intercept, track, ruleset.mark) for intercept in ruleset.intercepts]
@@ -93,14 +108,21 @@ def _new_flow(ruleset: Ruleset, track: str) -> list[str]:
 
 
 def _own_output_chain(ruleset: Ruleset) -> list[str]:
-    """The box's own new connections, turned round to the loopback device; never tproxyd's."""
+    """The box's own new connections, turned round to the loopback device; never tproxyd's.
+
+    The connection's mark remembers which ones: those that ran before go on as they are.
+    """
     return [
         "type route hook output priority mangle; policy accept;",
         f"{_matches(ruleset.client_mark)} return",
         f"{_matches(ruleset.server_mark)} return",
         "ct direction reply return",
+        *_unless_leased(ruleset),
+        f"{_matches(ruleset.mark, 'ct mark')} {_set(ruleset.mark)} return",
+        "ct state != new return",
+        f"{_NOT_SYN} return",
         *_stays_in_kernel(ruleset),
-        *(f"{_flows(intercept)} {_set(ruleset.mark)}" for intercept in ruleset.intercepts),
+        *(f"{_flows(each)} {_set(ruleset.mark, 'ct mark')} {_set(ruleset.mark)}" for each in ruleset.intercepts),
     ]
 
 
@@ -109,9 +131,11 @@ def _stays_in_kernel(ruleset: Ruleset) -> list[str]:
     for prefix_set in ruleset.excluded:
         field = {"destination": "daddr", "source": "saddr"}[prefix_set.field]
         lines.append(f"{_ADDRESS[prefix_set.version]} {field} @{prefix_set.name} return")
-    if ruleset.lease:
-        lines.append(f"meta nfproto != @{LEASE_SET} return")
     return lines
+
+
+def _unless_leased(ruleset: Ruleset) -> list[str]:
+    return [f"meta nfproto != @{LEASE_SET} return"] if ruleset.lease else []
 
 
 def _tproxy(intercept: Intercept, track: str, mark: Mark) -> str:
@@ -146,7 +170,7 @@ def _matches(mark: Mark, what: str = "meta mark") -> str:
     return f"{what} & 0x{mark.mask:08x} == 0x{mark.value:08x}"
 
 
-def _set(mark: Mark) -> str:
+def _set(mark: Mark, what: str = "meta mark") -> str:
     if mark.value == mark.mask:
-        return f"meta mark set meta mark | 0x{mark.value:08x}"
-    return f"meta mark set meta mark & 0x{~mark.mask & 0xFFFFFFFF:08x} | 0x{mark.value:08x}"
+        return f"{what} set {what} | 0x{mark.value:08x}"
+    return f"{what} set {what} & 0x{~mark.mask & 0xFFFFFFFF:08x} | 0x{mark.value:08x}"

@@ -31,7 +31,7 @@ def check_box(ruleset: Ruleset) -> list[str]:
     warnings = [f"interface {name} does not exist (yet): nothing comes in through it" for name in missing]
     if 4 in ruleset.versions:
         warnings += _source_warnings(ruleset, sorted(present - {"lo"}))
-    return warnings + _bridge_warnings(ruleset) + _accept_warnings()
+    return warnings + _bridge_warnings(ruleset)
 
 
 def _source_warnings(ruleset: Ruleset, present: list[str]) -> list[str]:
@@ -76,12 +76,6 @@ def _bridge_warnings(ruleset: Ruleset) -> list[str]:
     if not calling or not _has_bridge():
         return []
     return [f"net.bridge.{name}=1: flows that are only bridged are intercepted, too" for name in calling]
-
-
-def _accept_warnings() -> list[str]:
-    if not _number("ipv4/tcp_fwmark_accept"):
-        return []
-    return ["net.ipv4.tcp_fwmark_accept=1: answers to new TCP flows are tracked under the client's own four-tuple"]
 
 
 def _has_bridge() -> bool:

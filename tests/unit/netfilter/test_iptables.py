@@ -104,10 +104,13 @@ def test_marked_packets_go_to_the_listener_unless_a_socket_has_them_already() ->
 def test_own_traffic_is_hooked_on_output_and_loopback_only_when_wanted() -> None:
     own = iptables.tables(replace(RULESET, own_traffic=True), 4)["mangle"]
     assert set(own.jumps) == {"PREROUTING", "OUTPUT"}
-    assert rules(replace(RULESET, own_traffic=True), 4, "mangle", "TPROXYD_OWN")[:4] == [
+    assert rules(replace(RULESET, own_traffic=True), 4, "mangle", "TPROXYD_OWN")[:7] == [
         "-m mark --mark 0x2/0x2 -j RETURN",
         "-m mark --mark 0x4/0x4 -j RETURN",
         "-m conntrack --ctdir REPLY -j RETURN",
+        "-m connmark --mark 0x1/0x1 -g TPROXYD_OURS",
+        "-m conntrack ! --ctstate NEW -j RETURN",
+        "-p tcp -m tcp ! --tcp-flags FIN,SYN,RST,ACK SYN -j RETURN",
         "-m addrtype --dst-type LOCAL,BROADCAST,ANYCAST,MULTICAST -j RETURN",
     ]
     assert "-i lo" in " ".join(rules(replace(RULESET, own_traffic=True), 4, "mangle", "TPROXYD"))

@@ -98,9 +98,3 @@ def test_bridged_frames_in_the_ip_rules_are_a_warning_where_there_is_a_bridge(
     assert "bridge-nf-call-iptables=1" in warning
     monkeypatch.setattr(preflight, "_has_bridge", lambda: False)
     assert check_box(RULESET) == []
-
-
-def test_sockets_that_take_their_mark_from_the_packet_are_a_warning(box: Box) -> None:
-    box.set(ipv4__tcp_fwmark_accept=1)
-    (warning,) = check_box(RULESET)
-    assert "tcp_fwmark_accept" in warning
