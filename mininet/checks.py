@@ -7,6 +7,7 @@ To add one: write a function that takes the scenario and returns rows, and give 
 from __future__ import annotations
 
 import subprocess
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,12 +17,17 @@ from capture import Capture, Endpoint, Seen
 from testbed import DNS_PORT, ECHO_PORTS, WEB_PORTS, WORKERS, ZONE, Gateway, Testbed, wait_for
 from topologies import VERSIONS
 
+from tproxyd.netfilter.plan import LEASE_S
+
 FRAGMENTED_BYTES: Final = 4000
 
 _FIRST_HOPS: Final = 64
 _SAME_PORT: Final = 40000
 _CLIENT_S: Final = 8.0
 _LOG_S: Final = 8.0
+_EACH_KIND: Final = [
+    (network, version, port) for network, port in (("tcp", WEB_PORTS[0]), ("udp", DNS_PORT)) for version in VERSIONS
+]
 _QUERY: Final = {4: "A", 6: "AAAA"}
 
 
@@ -104,9 +110,11 @@ class Scenario:
         return list(self.bed.topology.clients)
 
 
-def everyone(network: str, version: int, port: int, scenario: Scenario, **options: int) -> list[Row]:
+def everyone(
+    network: str, version: int, port: int, scenario: Scenario, *, routers: int = 0, **options: int
+) -> list[Row]:
     """All clients ask at once; nothing changes on the way."""
-    return exchange(scenario, [Ask(host, network, version, port, **options) for host in scenario.clients()])
+    return exchange(scenario, [Ask(host, network, version, port, **options) for host in scenario.clients()], routers)
 
 
 def second_port(scenario: Scenario) -> list[Row]:
@@ -118,13 +126,7 @@ def second_port(scenario: Scenario) -> list[Row]:
 
 def same_source_port(scenario: Scenario) -> list[Row]:
     """Clients that differ by nothing but their address are not mixed up."""
-    kinds = [("tcp", WEB_PORTS[0]), ("udp", DNS_PORT)]
-    asks = [
-        Ask(host, network, version, port, source_port=_SAME_PORT + version)
-        for host in scenario.clients()
-        for network, port in kinds
-        for version in VERSIONS
-    ]
+    asks = [Ask(host, *kind, source_port=_SAME_PORT + kind[1]) for host in scenario.clients() for kind in _EACH_KIND]
     return exchange(scenario, asks)
 
 
@@ -149,21 +151,48 @@ def killed(scenario: Scenario) -> list[Row]:
 
 def clean_stop(scenario: Scenario) -> list[Row]:
     """A stop leaves each gateway's kernel as it was, and no way past it."""
-    rows = []
-    for gateway in scenario.bed.gateways:
-        code, left = gateway.stop(), gateway.residue()
-        problems = [f"exit code {code}"] if code else []
-        problems += [f"left behind: {what}" for what in left]
-        rows.append(Row(gateway.node.name, "", "", "stop", "", "", "; ".join(problems)))
+    rows = [_as_before(gateway, "stop", gateway.stop()) for gateway in scenario.bed.gateways]
     return rows + _nothing_passes(scenario)
 
 
-def exchange(scenario: Scenario, asks: list[Ask]) -> list[Row]:
-    """Let clients ask at once; compare what each sent and got with what the server's wire carried."""
+def killed_open(scenario: Scenario) -> list[Row]:
+    """A gateway that may fail open relays while it lives; once it is dead, flows pass it by.
+
+    Dead gateways route, so for this they forward. Each of them takes one from the hop count.
+    """
+    gateways = scenario.bed.gateways
+    for gateway in gateways:
+        gateway.stop()
+        gateway.forward(on=True)
+        gateway.start(scenario.ruleset, on_failure="open")
+    rows = [row for ask in _EACH_KIND for row in everyone(*ask, scenario)]
+    for gateway in gateways:
+        gateway.kill()
+    time.sleep(LEASE_S + 1)
+    rows += [row for ask in _EACH_KIND for row in everyone(*ask, scenario, routers=len(gateways))]
+    for gateway in gateways:
+        gateway.remove_rules()
+        gateway.forward(on=False)
+        rows.append(_as_before(gateway, "remove-rules", 0))
+    return rows
+
+
+def exchange(scenario: Scenario, asks: list[Ask], routers: int = 0) -> list[Row]:
+    """Let clients ask at once; compare what each sent and got with what the server's wire carried.
+
+    Args:
+        scenario: where.
+        asks: who asks what.
+        routers: how many hops only route; none where all relay.
+    """
     scenario.capture.forget()
     said = _ask_all(scenario, asks, patience_s=3)
-    seen = scenario.capture.wait(lambda seen: not any(_judge(scenario, ask, seen, said[ask]).problem for ask in asks))
-    rows = [_judge(scenario, ask, seen, said[ask]) for ask in asks]
+
+    def judged(seen: list[Seen]) -> list[Row]:
+        return [_judge(scenario, ask, seen, said[ask], routers) for ask in asks]
+
+    seen = scenario.capture.wait(lambda seen: not any(row.problem for row in judged(seen)))
+    rows = judged(seen)
     scenario.kept |= {(ask.network, row.sent_from, row.asked) for ask, row in zip(asks, rows, strict=True)}
     return rows + _strays(scenario, seen)
 
@@ -180,6 +209,7 @@ CHECKS: Final[dict[str, Callable[[Scenario], list[Row]]]] = {
     "access-log": access_log,
     "killed": killed,
     "clean-stop": clean_stop,
+    "killed-open": killed_open,
 }
 
 
@@ -197,7 +227,7 @@ def _ask_all(scenario: Scenario, asks: Iterable[Ask], patience_s: float) -> dict
     return said
 
 
-def _judge(scenario: Scenario, ask: Ask, seen: list[Seen], said: str) -> Row:
+def _judge(scenario: Scenario, ask: Ask, seen: list[Seen], said: str, routers: int) -> Row:
     """Compare one flow on the client's wire with the same one on the server's."""
     own, asked = scenario.own(ask), scenario.asked(ask)
     mine = [packet for packet in seen if packet.network == ask.network]
@@ -212,7 +242,7 @@ def _judge(scenario: Scenario, ask: Ask, seen: list[Seen], said: str) -> Row:
         "the server answered someone else": {p.destination for p in answered} != froms,
         "answers from elsewhere, or none": _ends(came) != {asked},
         "answers to another port": {p.destination for p in came} != froms,
-        "routed, not relayed": any(p.hops_left != _FIRST_HOPS for p in arrived + came),
+        f"not over {routers} routers": any(p.hops_left != _FIRST_HOPS - routers for p in arrived + came),
         "not fragmented": ask.size_bytes > 1500 and not all(any(p.fragment for p in w) for w in (sent, arrived, came)),
         f"wrong answer: {said[:60]!r}": not _is_right(ask, said, froms, asked),
     }
@@ -249,12 +279,16 @@ def _strays(scenario: Scenario, seen: list[Seen]) -> list[Row]:
     ]
 
 
+def _as_before(gateway: Gateway, what: str, code: int) -> Row:
+    problems = [f"exit code {code}"] if code else []
+    problems += [f"left behind: {left}" for left in gateway.residue()]
+    return Row(gateway.node.name, "", "", what, "", "", "; ".join(problems))
+
+
 def _nothing_passes(scenario: Scenario) -> list[Row]:
     """New flows of all kinds get no answer, and nothing of them reaches the server's wire."""
     scenario.capture.forget()
-    kinds = [("tcp", WEB_PORTS[0]), ("udp", DNS_PORT)]
-    pairs = zip(scenario.clients(), [(*kind, v) for kind in kinds for v in VERSIONS], strict=True)
-    asks = [Ask(host, network, version, port) for host, (network, port, version) in pairs]
+    asks = [Ask(host, *kind) for host, kind in zip(scenario.clients(), _EACH_KIND, strict=True)]
     said = _ask_all(scenario, asks, patience_s=1)
     return [_unheard(scenario, ask, said[ask]) for ask in asks]
 

@@ -6,10 +6,8 @@ network namespaces, interfaces and rules. So clean-up is one kill, and nothing a
 
 from __future__ import annotations
 
-import ctypes
 import os
 import shutil
-import signal
 import subprocess
 import tempfile
 import time
@@ -28,6 +26,7 @@ _TOOLS: Final = {
     "brctl": "bridge-utils",
     "ip": "iproute2",
     "unshare": "util-linux",
+    "setpriv": "util-linux",
     "nft": "nftables",
     "nginx": "nginx-light",
     "dnsmasq": "dnsmasq-base",
@@ -35,10 +34,8 @@ _TOOLS: Final = {
     "curl": "curl",
     "dig": "bind9-dnsutils",
 }
-_PR_SET_PDEATHSIG: Final = 1
 _SETTLE_S: Final = 3.0
 _END_S: Final = 10.0
-_LIBC: Final = ctypes.CDLL(None, use_errno=True)
 
 
 def missing() -> list[str]:
@@ -125,15 +122,16 @@ class Place:
 
         It gets no Ctrl-C of its own: whoever called decides what that means.
         """
+        # Even a runner that is killed takes the place with it.
+        bound = ["setpriv", "--pdeathsig", "KILL", "ip", "netns", "exec", self.name]
         # dash waits for its child in the foreground and reaps what is orphaned to it meanwhile.
         first = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc", "sh", "-c", '"$@"; exit $?', "sh"]
         self._first = subprocess.Popen(
-            ["ip", "netns", "exec", self.name, *first, *command],
+            [*bound, *first, *command],
             env={**os.environ, MARKER: self.name, "PATH": f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"},
             stdin=subprocess.DEVNULL,
             text=True,
             start_new_session=True,
-            preexec_fn=_die_with_parent,  # noqa: PLW1509  # no thread runs yet
             **options,
         )
         return self._first
@@ -173,8 +171,3 @@ class Place:
                 marked = mark in (process / "environ").read_bytes().split(b"\0")
                 if marked or (process / "ns/net").stat().st_ino == self._inode:
                     yield int(process.name)
-
-
-def _die_with_parent() -> None:
-    """Even a parent that is killed takes the place with it (PR_SET_PDEATHSIG, prctl(2))."""
-    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -36,6 +36,7 @@ CHECK_NAMES: Final = (
     "access-log",
     "killed",
     "clean-stop",
+    "killed-open",
 )
 RULESETS: Final = ("nftables", "iptables")
 LIMIT_S: Final = 110.0
@@ -152,7 +153,11 @@ def _inside(topology: str, ruleset: str, names: Sequence[str], folder: Path) -> 
     with testbed(CLASSES[topology](), folder) as bed:
         taps = {name: (bed.node(name).pid, "eth0") for name in (*bed.topology.clients, "server")}
         with Capture(taps) as capture:
-            bed.start_gateways(ruleset)
+            try:
+                bed.start_gateways(ruleset)
+            except (RuntimeError, TimeoutError) as error:
+                _tell(Result("start", round(time.monotonic() - started, 1), problem=str(error), logs=log_tails(folder)))
+                return 1
             _tell(Result("start", round(time.monotonic() - started, 1)))
             scenario = Scenario(bed, capture, ruleset)
             for name in names or CHECK_NAMES:

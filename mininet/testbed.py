@@ -32,7 +32,7 @@ _TPROXYD_YAML: Final = """\
 interception:
   interfaces: [lan0]
   ruleset: {ruleset}
-  on_failure: closed
+  on_failure: {on_failure}
 backends:
   straight: {{type: direct, source: four-tuple}}
 default: straight
@@ -126,7 +126,7 @@ class Gateway:
         """What tproxyd wrote to standard error."""
         return self.folder / "tproxyd.log"
 
-    def start(self, ruleset: str) -> None:
+    def start(self, ruleset: str, on_failure: str = "closed") -> None:
         """Start `tproxyd run` and wait until it serves.
 
         Raises:
@@ -135,7 +135,8 @@ class Gateway:
         """
         if not self._before:
             self._before = rules_in(enter(self.node))
-        self.config.write_text(_TPROXYD_YAML.format(ruleset=ruleset, workers=WORKERS))
+        text = _TPROXYD_YAML.format(ruleset=ruleset, on_failure=on_failure, workers=WORKERS)
+        self.config.write_text(text)
         served = self._served()
         with self.log.open("a") as log:
             command = [*tproxyd(), "run", "-c", str(self.config)]
@@ -162,6 +163,16 @@ class Gateway:
         self.process.wait(_STOP_S)
         wait_for(lambda: not any(_alive(pid) for pid in pids), "the killed workers to be gone", _STOP_S)
         return len(pids)
+
+    def remove_rules(self) -> None:
+        """Take tproxyd's rules out while it does not run."""
+        subprocess.run(
+            [*enter(self.node), *tproxyd(), "remove-rules"], check=True, capture_output=True, timeout=_STOP_S
+        )
+
+    def forward(self, *, on: bool) -> None:
+        """Let the node route, or not."""
+        self.node.sure(f"sysctl -qw net.ipv4.ip_forward={on:d} net.ipv6.conf.all.forwarding={on:d}")
 
     def flows(self) -> list[dict[str, Any]]:
         """The access log: one entry for each flow that has ended."""
