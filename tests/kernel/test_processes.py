@@ -154,7 +154,7 @@ def test_no_descriptor_is_left_behind_by_short_flows(lab: Gateway, daemon: Daemo
     (worker,) = running.worker_pids()
 
     def descriptors() -> int:
-        return len(os.listdir(f"/proc/{worker}/fd"))
+        return len(list(Path(f"/proc/{worker}/fd").iterdir()))
 
     with TcpService(lab.server, lab.server_address(4)) as service, UdpService(lab.server, lab.server_address(4)) as udp:
         before = descriptors()

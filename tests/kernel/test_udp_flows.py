@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import socket
-import sys
 import time
 
 import pytest
@@ -201,13 +200,15 @@ def test_a_wildcard_service_on_the_same_port_costs_nothing(
     if reuse:
         service.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     service.bind(({4: "0.0.0.0", 6: "::"}[version], 53))
-    with UdpService(lab.server, lab.server_address(version), 53) as server:
-        with lab.client.udp(server.address) as client:
-            for size in (3, 0, 1400, 20_000):
-                data = os.urandom(size)
-                client.send(data)
-                assert client.recv(1 << 16) == data
-            assert server.peers[0] == client.getsockname()[:2]
+    with (
+        UdpService(lab.server, lab.server_address(version), 53) as server,
+        lab.client.udp(server.address) as client,
+    ):
+        for size in (3, 0, 1400, 20_000):
+            data = os.urandom(size)
+            client.send(data)
+            assert client.recv(1 << 16) == data
+        assert server.peers[0] == client.getsockname()[:2]
     counters = running.counters()
     assert counters["udp_raw_replies"] == (0 if reuse else 4)
     assert counters["udp_dropped"] == 0
@@ -248,6 +249,57 @@ def test_flows_over_the_limits_are_not_taken_in(lab: Gateway, daemon: DaemonFact
     assert running.counters()["refused_limit"] == 2
 
 
+FRAGMENTED = bytes(range(256)) * 12
+
+
+def send_fragments(version: int, name: str) -> None:
+    from scapy.all import IP, UDP, IPv6, IPv6ExtHdrFragment, Raw, fragment, fragment6
+
+    content = UDP(sport=4000, dport=5000) / Raw(FRAGMENTED)
+    if version == 4:
+        pieces = fragment(IP(src="10.1.0.2", dst="10.2.0.2", id=77) / content, 1024)
+    else:
+        pieces = fragment6(IPv6(src="fd01::2", dst="fd02::2") / IPv6ExtHdrFragment(id=77) / content, 1280)
+    if name == "reversed":
+        pieces = pieces[::-1]
+    elif name == "missing the middle":
+        del pieces[1]
+    elif name == "overlapping":
+        again = pieces[1].copy()
+        if version == 4:
+            again.frag -= 8
+        else:
+            again[IPv6ExtHdrFragment].offset -= 8
+        pieces.insert(1, again)
+    send_raw(version, [bytes(piece) for piece in pieces])
+
+
+def send_odd_datagrams() -> None:
+    from scapy.all import IP, UDP, Raw
+
+    base = IP(src="10.1.0.2", dst="10.2.0.2")
+    odd = [
+        base / UDP(sport=4000, dport=5000, chksum=0x1234) / Raw(b"wrong checksum"),
+        base / UDP(sport=4000, dport=5000, len=4) / Raw(b"shorter than its header"),
+        base / UDP(sport=4000, dport=5000, len=9000) / Raw(b"longer than it is"),
+        base / UDP(sport=0, dport=5000) / Raw(b"from port 0"),
+        base / UDP(sport=4000, dport=0) / Raw(b"to port 0"),
+        IP(src="127.0.0.1", dst="10.2.0.2") / UDP(sport=4000, dport=5000) / Raw(b"martian"),
+        IP(src="255.255.255.255", dst="10.2.0.2") / UDP(sport=4000, dport=5000) / Raw(b"broadcast"),
+        IP(src="10.2.0.2", dst="10.2.0.2") / UDP(sport=5000, dport=5000) / Raw(b"land"),
+    ]
+    send_raw(4, [bytes(packet) for packet in odd])
+
+
+def send_raw(version: int, packets: list[bytes]) -> None:
+    """Send packets as they are, IP header included (raw(7), IPV6_HDRINCL)."""
+    with socket.socket(FAMILY[version], socket.SOCK_RAW, socket.IPPROTO_RAW) as raw:
+        if version == 6:
+            raw.setsockopt(41, 36, 1)
+        for packet in packets:
+            raw.sendto(packet, ({4: "10.2.0.2", 6: "fd02::2"}[version], 0))
+
+
 @versions
 @pytest.mark.parametrize(
     ("name", "arrives"),
@@ -258,36 +310,11 @@ def test_fragments_reach_the_server_whole_or_not_at_all(
 ) -> None:
     running = daemon()
     server = bound(lab, "server", version, 5000)
-    send = (
-        "import sys, random\n"
-        "from scapy.all import IP, IPv6, UDP, Raw, IPv6ExtHdrFragment, fragment, fragment6, L3RawSocket, conf\n"
-        "import socket\n"
-        "version, name = int(sys.argv[1]), sys.argv[2]\n"
-        "data = bytes(range(256)) * 12\n"
-        "if version == 4:\n"
-        "    pieces = fragment(IP(src='10.1.0.2', dst='10.2.0.2', id=77) / UDP(sport=4000, dport=5000) / Raw(data), 1024)\n"
-        "    wire, family, proto, dst = bytes, socket.AF_INET, socket.IPPROTO_RAW, ('10.2.0.2', 0)\n"
-        "else:\n"
-        "    whole = IPv6(src='fd01::2', dst='fd02::2') / IPv6ExtHdrFragment(id=77) / UDP(sport=4000, dport=5000) / Raw(data)\n"
-        "    pieces = fragment6(whole, 1280)\n"
-        "    wire, family, proto, dst = bytes, socket.AF_INET6, socket.IPPROTO_RAW, ('fd02::2', 0)\n"
-        "if name == 'reversed': pieces = pieces[::-1]\n"
-        "if name == 'missing the middle': del pieces[1]\n"
-        "if name == 'overlapping':\n"
-        "    again = pieces[1].copy()\n"
-        "    part = again if version == 4 else again[IPv6ExtHdrFragment]\n"
-        "    if version == 4: part.frag -= 8\n"
-        "    else: part.offset -= 8\n"
-        "    pieces = [pieces[0], again, *pieces[1:]]\n"
-        "s = socket.socket(family, socket.SOCK_RAW, proto)\n"
-        "if version == 6: s.setsockopt(41, 36, 1)\n"  # IPV6_HDRINCL
-        "for piece in pieces: s.sendto(bytes(piece), dst)\n"
-    )
-    lab.client.run([sys.executable, "-c", send, str(version), name])
+    lab.client.call(send_fragments, version, name)
     server.settimeout(3 if arrives else 0.7)
     if arrives:
         data, peer = server.recvfrom(1 << 16)
-        assert data == bytes(range(256)) * 12
+        assert data == FRAGMENTED
         assert peer[:2] == (lab.client_address(version), 4000)
     else:
         with pytest.raises(TimeoutError):
@@ -298,21 +325,7 @@ def test_fragments_reach_the_server_whole_or_not_at_all(
 def test_odd_datagrams_do_no_harm(lab: Gateway, daemon: DaemonFactory) -> None:
     """Wrong checksums, wrong lengths, port 0, an unroutable source: the kernel or the relay drops them."""
     running = daemon()
-    send = (
-        "import socket\n"
-        "from scapy.all import IP, UDP, Raw\n"
-        "s = socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_RAW)\n"
-        "def put(p): s.sendto(bytes(p), ('10.2.0.2', 0))\n"
-        "put(IP(src='10.1.0.2', dst='10.2.0.2') / UDP(sport=4000, dport=5000, chksum=0x1234) / Raw(b'bad sum'))\n"
-        "put(IP(src='10.1.0.2', dst='10.2.0.2') / UDP(sport=4000, dport=5000, len=4) / Raw(b'short'))\n"
-        "put(IP(src='10.1.0.2', dst='10.2.0.2') / UDP(sport=4000, dport=5000, len=9000) / Raw(b'long'))\n"
-        "put(IP(src='10.1.0.2', dst='10.2.0.2') / UDP(sport=0, dport=5000) / Raw(b'from port 0'))\n"
-        "put(IP(src='10.1.0.2', dst='10.2.0.2') / UDP(sport=4000, dport=0) / Raw(b'to port 0'))\n"
-        "put(IP(src='127.0.0.1', dst='10.2.0.2') / UDP(sport=4000, dport=5000) / Raw(b'martian'))\n"
-        "put(IP(src='255.255.255.255', dst='10.2.0.2') / UDP(sport=4000, dport=5000) / Raw(b'broadcast'))\n"
-        "put(IP(src='10.2.0.2', dst='10.2.0.2') / UDP(sport=5000, dport=5000) / Raw(b'land'))\n"
-    )
-    lab.client.run([sys.executable, "-c", send])
+    lab.client.call(send_odd_datagrams)
     with UdpService(lab.server, lab.server_address(4), 5000) as server, lab.client.udp(server.address) as client:
         client.send(b"good")
         assert client.recv(10) == b"good"

@@ -1,4 +1,4 @@
-"""A worker: relays flows from the listening sockets it was handed, as its own user, with the rights in `privileges.KEPT`.
+"""A worker: relays flows from the listening sockets it was handed, as its own user with the rights it needs.
 
 `python -m tproxyd.daemon.worker CHANNEL tcp:FD udp:FD ...`: CHANNEL is a SOCK_SEQPACKET socket to the
 supervisor. Its first message are the settings; then the supervisor asks, and the worker answers in JSON. When

@@ -10,7 +10,7 @@ import os
 import select
 import signal
 import sys
-from typing import Final
+from typing import Final, Self
 
 from tproxyd.errors import RulesetError, TproxydError
 from tproxyd.netfilter.apply import Application
@@ -35,7 +35,7 @@ class Trial:
             _guard(application, snapshots, reader, seconds + _MARGIN_S)
         os.close(reader)
 
-    def __enter__(self) -> Trial:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -66,7 +66,7 @@ class NftPart:
         return self._ruleset
 
     def _comment(self, listing: str) -> str:
-        """The digests of what is asked for and of what the kernel shows: the lease comes and goes, so it is left out."""
+        """The digests of what is asked for and of what the kernel shows, but for the lease, which comes and goes."""
         shown = _without_set(_without_set(listing, _DIGESTS), nft.LEASE_SET)
         return f'comment "{_digest(nft.render(self._wanted()))} {_digest(shown)}"'
 

@@ -27,11 +27,11 @@ _SPLICE: Final = os.SPLICE_F_MOVE | os.SPLICE_F_NONBLOCK
 _SIOCATMARK: Final = 0x8905
 
 
-class SourceReset(Exception):  # noqa: N818  # an end, not an error of ours
+class SourceReset(Exception):
     """The source side is gone: RST, or an error such as a timeout of its retransmissions."""
 
 
-class SinkReset(Exception):  # noqa: N818  # as above
+class SinkReset(Exception):
     """The sink side is gone."""
 
 
