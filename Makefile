@@ -12,13 +12,13 @@ TOPOLOGY := mininet bridge-utils iputils-ping ethtool curl bind9-dnsutils dnsmas
 PEERS  := conntrack iperf3 openssh-client openssh-server
 
 .PHONY: demo test lint mininet golden clean system-demo system-test
-demo: system-demo $(VENV)/mininet
+demo: system-demo $(VENV)/ready
 	$(SUDO) $(BIN)/python mininet/demo.py
 
-mininet: system-demo $(VENV)/mininet
+mininet: system-demo $(VENV)/ready
 	$(SUDO) $(BIN)/python mininet/scenario.py
 
-test: system-test lint $(VENV)/mininet
+test: system-test lint
 	$(SUDO) env $(if $(CI),CI=$(CI)) $(BIN)/python -m pytest
 
 lint: $(VENV)/ready
@@ -56,10 +56,4 @@ $(VENV)/ready: pyproject.toml | system-demo
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --disable-pip-version-check wheel setuptools
 	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[dev]'
-	touch $@
-
-# Mininet comes from Debian; only its own folder is lent to the virtual environment.
-$(VENV)/mininet: $(VENV)/ready
-	ln -sfn /usr/lib/python3/dist-packages/mininet \
-	  $$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/mininet
 	touch $@

@@ -48,7 +48,7 @@ def test_both_ends_see_the_original_four_tuple(lab: Gateway, daemon: DaemonFacto
 def test_the_server_sees_the_source_that_the_backend_names(
     lab: Gateway, daemon: DaemonFactory, version: int, source: str, nat: str
 ) -> None:
-    daemon(backends={"direct": {"type": "direct", "source": source, "nat": nat}})
+    running = daemon(backends={"direct": {"type": "direct", "source": source, "nat": nat}})
     client, server = bound(lab, "client", version, 4321), bound(lab, "server", version)
     client.sendto(b"ask", server.getsockname())
     _, peer = server.recvfrom(100)
@@ -57,6 +57,8 @@ def test_the_server_sees_the_source_that_the_backend_names(
     assert peer[1] != 4321
     server.sendto(b"answer", peer)
     assert client.recvfrom(100) == (b"answer", server.getsockname())
+    (end,) = running.wait_flow_ends(1)
+    assert end["source"] == (f"[{peer[0]}]:{peer[1]}" if version == 6 else f"{peer[0]}:{peer[1]}")
 
 
 @versions

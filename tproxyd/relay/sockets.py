@@ -140,6 +140,17 @@ def is_local(address: str) -> bool:
     return True
 
 
+def source_towards(sock: socket.socket, peer: Endpoint) -> Endpoint:
+    """Return the address and port that `peer` sees in what `sock` sends, whether or not it is bound to an address."""
+    address, port = sock.getsockname()[:2]
+    if address in ("0.0.0.0", "::"):
+        with socket.socket(sock.family, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, sock.getsockopt(socket.SOL_SOCKET, socket.SO_MARK))
+            probe.connect(peer)
+            address = probe.getsockname()[0]
+    return Endpoint(address, port)
+
+
 def orig_dst_of_datagram(ancillary: list[tuple[int, int, bytes]]) -> OrigDst | None:
     """Return the original destination that came with a datagram (IP_RECVORIGDSTADDR); None if none did.
 

@@ -212,7 +212,10 @@ class UdpRelay:
     def _report(self, flow: UdpFlow, cause: Cause) -> None:
         if self._on_end is None:
             return
-        name = flow.server_side.sock.getsockname()
+        try:
+            source = sockets.source_towards(flow.server_side.sock, flow.orig_dst)
+        except OSError:
+            source = None  # no way there any more
         self._on_end(
             FlowEnd(
                 flow=Flow(Network.UDP, flow.client, flow.orig_dst, self._listener_name),
@@ -220,7 +223,7 @@ class UdpRelay:
                 layer=Layer.COPY,
                 cause=cause,
                 phase=Phase.RELAY,
-                source=Client(name[0], name[1]),
+                source=source,
                 bytes_up=flow.bytes_up,
                 bytes_down=flow.bytes_down,
                 duration_s=flow.last - flow.started,
