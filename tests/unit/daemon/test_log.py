@@ -1,0 +1,69 @@
+"""Log lines, as text and as JSON."""
+
+from __future__ import annotations
+
+import json
+import logging
+
+import pytest
+
+from tproxyd.daemon.log import flow_fields, log_flow_end, set_up_logging
+from tproxyd.flow import Cause, Client, Decision, Endpoint, Flow, FlowEnd, Layer, Network, OrigDst, Phase
+
+END = FlowEnd(
+    flow=Flow(Network.TCP, Client("fd01::2", 4321), OrigDst("198.51.100.7", 443), "lan"),
+    decision=Decision("default", "direct"),
+    layer=Layer.SPLICE,
+    cause=Cause.DONE,
+    phase=Phase.RELAY,
+    source=Endpoint("fd01::2", 4321),
+    bytes_up=10,
+    bytes_down=20,
+    duration_s=1.23456,
+)
+
+
+@pytest.fixture(autouse=True)
+def _restore_logging() -> object:
+    root = logging.getLogger()
+    before = (root.handlers[:], root.level)
+    yield
+    root.handlers[:], root.level = before[0], before[1]
+
+
+def written(capsys: pytest.CaptureFixture[str]) -> str:
+    return capsys.readouterr().err
+
+
+def test_a_flow_ends_as_one_json_object(capsys: pytest.CaptureFixture[str]) -> None:
+    set_up_logging("info", "json")
+    log_flow_end(END)
+    line = json.loads(written(capsys))
+    assert line["logger"] == "tproxyd.flow"
+    assert {key: line[key] for key in flow_fields(END)} == flow_fields(END)
+    assert line["client"] == "[fd01::2]:4321"
+
+
+def test_a_flow_ends_as_one_line_of_text(capsys: pytest.CaptureFixture[str]) -> None:
+    set_up_logging("info", "text")
+    log_flow_end(END)
+    assert "client=[fd01::2]:4321 orig_dst=198.51.100.7:443" in written(capsys)
+
+
+def test_control_characters_never_reach_the_log(capsys: pytest.CaptureFixture[str]) -> None:
+    set_up_logging("info", "text")
+    logging.getLogger("x").warning("name %s", "a\nb\x1b[31m")
+    assert "name a\\x0ab\\x1b[31m" in written(capsys)
+
+
+def test_journald_gets_priorities(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JOURNAL_STREAM", "1:2")
+    set_up_logging("info", "text")
+    logging.getLogger("x").error("bad")
+    assert written(capsys) == "<3>error: bad\n"
+
+
+def test_a_level_hides_what_is_below(capsys: pytest.CaptureFixture[str]) -> None:
+    set_up_logging("warning", "text")
+    log_flow_end(END)
+    assert written(capsys) == ""
