@@ -34,10 +34,10 @@ def test_checksum_is_the_ones_complement_sum(data: bytes) -> None:
 def test_port_unreachable_quotes_the_datagram() -> None:
     message = icmp.unreachable(icmp.PORT_UNREACHABLE[4], Network.UDP, CLIENT[4], SERVER[4], 12)
     assert (ICMP(message).type, ICMP(message).code) == (3, 3)
-    assert icmp.checksum(message) == 0
+    assert icmp.checksum(message) % 0xFFFF == 0
     quoted = IP(message[8:])
     assert (quoted.src, quoted.dst, quoted.len) == ("10.1.0.2", "10.2.0.2", 40)
-    assert icmp.checksum(message[8:28]) == 0
+    assert icmp.checksum(message[8:28]) % 0xFFFF == 0
     assert (quoted[UDP].sport, quoted[UDP].dport, quoted[UDP].len) == (40000, 53, 20)
 
 
