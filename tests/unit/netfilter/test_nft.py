@@ -1,0 +1,117 @@
+"""The ruleset as nftables text: what must hold whatever the configuration."""
+
+import re
+from dataclasses import replace
+from ipaddress import ip_network
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tproxyd.config import Config, Interception, Mark, PortRange
+from tproxyd.config.model import Exclude
+from tproxyd.netfilter import nft
+from tproxyd.netfilter.plan import Ruleset, plan
+
+PREFIXES = st.lists(
+    st.one_of(st.ip_addresses(v=4).map(lambda a: f"{a}/24"), st.ip_addresses(v=6).map(lambda a: f"{a}/48")), max_size=6
+).map(lambda texts: tuple(ip_network(text, strict=False) for text in texts))
+PORTS = st.lists(st.integers(1, 65535), min_size=1, max_size=5, unique=True).map(
+    lambda ports: tuple(PortRange(port, port) for port in sorted(ports))
+)
+INTERCEPTIONS = st.builds(
+    Interception,
+    interfaces=st.lists(st.sampled_from(["lan0", "lan1", "wlan0"]), min_size=1, unique=True).map(tuple),
+    families=st.sampled_from([("ipv4",), ("ipv6",), ("ipv4", "ipv6")]),
+    tcp_ports=PORTS,
+    udp_ports=st.one_of(st.just(()), PORTS),
+    exclude=st.builds(Exclude, destinations=PREFIXES, sources=PREFIXES),
+    own_traffic=st.booleans(),
+    on_failure=st.sampled_from(["closed", "open"]),
+    mark=st.sampled_from([Mark(0x1, 0x1), Mark(0x10, 0xF0), Mark(0x80000000, 0x80000000)]),
+)
+RULESETS = INTERCEPTIONS.map(lambda interception: plan(Config(interception=interception)))
+
+
+def base() -> Ruleset:
+    return plan(Config(interception=Interception(interfaces=("lan0",))))
+
+
+def elements(text: str) -> dict[str, list[str]]:
+    found = re.findall(r"set (\w+) \{[^}]*?elements = \{([^}]*)\}", text)
+    return {name: listed.replace(",", " ").split() for name, listed in found}
+
+
+def block(text: str, chain: str) -> str:
+    found = re.search(rf"\tchain {chain} \{{\n(.*?)\n\t\}}", text, re.DOTALL)
+    assert found is not None, chain
+    return found[1]
+
+
+@given(RULESETS)
+def test_sets_hold_the_planned_prefixes(ruleset: Ruleset) -> None:
+    held = elements(nft.render(ruleset))
+    assert held == {prefix_set.name: list(prefix_set.prefixes) for prefix_set in ruleset.excluded}
+
+
+@given(RULESETS)
+def test_it_is_one_transaction_that_touches_one_table(ruleset: Ruleset) -> None:
+    text = nft.render(ruleset)
+    assert text.startswith("add table inet tproxyd\ndelete table inet tproxyd\ntable inet tproxyd {\n")
+    assert re.findall(r"(?m)^\S.*", text)[3:] == ["}"]
+    assert text.count("{") == text.count("}")
+
+
+@given(RULESETS)
+def test_whatever_is_named_is_defined(ruleset: Ruleset) -> None:
+    text = nft.render(ruleset)
+    assert set(re.findall(r"@(\w+)", text)) == set(re.findall(r"\tset (\w+)", text))
+    assert set(re.findall(r"(?:goto|jump) (\w+)", text)) <= set(re.findall(r"\tchain (\w+)", text))
+
+
+@given(RULESETS)
+def test_each_family_is_guarded_by_its_protocol(ruleset: Ruleset) -> None:
+    """tproxy in a table of family inet must never see a packet of the other family."""
+    for line in nft.render(ruleset).splitlines():
+        for version, keyword in ((4, "tproxy ip to"), (6, "tproxy ip6 to")):
+            if keyword in line:
+                assert f"meta nfproto ipv{version} " in line
+
+
+@given(RULESETS)
+def test_closed_has_a_last_word_and_open_a_lease(ruleset: Ruleset) -> None:
+    text = block(nft.render(ruleset), "new_flow")
+    assert text.count(" drop") == (0 if ruleset.lease else len(ruleset.intercepts))
+    assert ("!= @lease return" in text) == ruleset.lease
+    if not ruleset.lease:
+        assert text.rindex(" tproxy ") < text.index(" drop")
+
+
+@given(RULESETS)
+def test_exclusions_come_before_interception(ruleset: Ruleset) -> None:
+    text = block(nft.render(ruleset), "new_flow")
+    assert text.rindex(" return") < text.index(" tproxy ")
+    assert "fib daddr type { local, broadcast, anycast, multicast } return" in text
+
+
+@given(RULESETS)
+def test_own_traffic_alone_hooks_the_output(ruleset: Ruleset) -> None:
+    text = nft.render(ruleset)
+    assert ("type route hook output" in text) == ruleset.own_traffic
+
+
+@given(RULESETS)
+def test_marks_are_always_set_and_matched_under_their_mask(ruleset: Ruleset) -> None:
+    for statement in re.findall(r"(?:meta|socket|ct) mark (?:set (?:meta|ct) mark )?(.{1,14})", nft.render(ruleset)):
+        assert re.match(r"[&|] 0x[0-9a-f]{8}", statement), "a mark without its mask"
+
+
+def test_rendering_is_the_same_each_time_and_differs_with_the_ruleset() -> None:
+    assert nft.render(base()) == nft.render(base())
+    assert nft.render(base()) != nft.render(replace(base(), lease=True))
+    assert nft.render(base()) != nft.render(replace(base(), interfaces=("lan1",)))
+
+
+def test_a_mark_of_several_bits_leaves_the_others_alone() -> None:
+    text = nft.render(replace(base(), mark=Mark(0x10, 0xF0)))
+    assert "meta mark set meta mark & 0xffffff0f | 0x00000010" in text
+    assert "meta mark & 0x000000f0 == 0x00000010" in text
