@@ -7,7 +7,7 @@ from tests.lab.daemon import Daemon, DaemonError, cli, config, tproxyd, write_co
 from tests.lab.gateway import Gateway
 from tests.lab.namespace import Namespace
 from tests.lab.residue import Residue, exact_listings, listings, open_descriptors
-from tests.lab.services import TcpService, UdpService
+from tests.lab.services import TcpService, UdpService, answers, ask, service
 from tests.lab.waiting import eventually
 
 __all__ = [
@@ -18,12 +18,15 @@ __all__ = [
     "Residue",
     "TcpService",
     "UdpService",
+    "answers",
+    "ask",
     "cli",
     "config",
     "eventually",
     "exact_listings",
     "listings",
     "open_descriptors",
+    "service",
     "tproxyd",
     "write_config",
 ]

@@ -84,6 +84,7 @@ class Daemon:
         text: str | Mapping[str, Any],
         *options: str,
         under: Sequence[str] = (),
+        ready_s: float = _READY_S,
     ) -> None:
         """Write the configuration, start (through the program `under`, such as prlimit), and wait until it serves.
 
@@ -100,7 +101,7 @@ class Daemon:
                 stdout=stderr,
                 stderr=stderr,
             )
-        eventually(self._serves, "tproxyd serves", _READY_S)
+        eventually(self._serves, "tproxyd serves", ready_s)
 
     @property
     def running(self) -> bool:

@@ -118,6 +118,41 @@ class UdpService:
                 continue  # nothing came, or a client is gone
 
 
+def service(namespace: Namespace, network: str, host: str, port: int = 0) -> TcpService | UdpService:
+    """An echo service of `tcp` or `udp`."""
+    return {"tcp": TcpService, "udp": UdpService}[network](namespace, host, port)
+
+
+def ask(
+    namespace: Namespace,
+    network: str,
+    peer: tuple[str, int],
+    source: tuple[str, int] | None = None,
+    *,
+    timeout_s: float = 5.0,
+) -> tuple[str, int]:
+    """Have a service echo something, and return the address and port that asked.
+
+    Raises:
+        OSError: no answer came, or a reset or an ICMP error.
+    """
+    connected = {"tcp": namespace.tcp, "udp": namespace.udp}[network]
+    with connected(peer, source, timeout_s=timeout_s) as asking:
+        asking.sendall(b"hello")
+        if asking.recv(16) != b"hello":
+            raise ConnectionError("cut short")
+        asked: tuple[str, int] = asking.getsockname()[:2]
+        return asked
+
+
+def answers(namespace: Namespace, network: str, peer: tuple[str, int], timeout_s: float = 0.4) -> bool:
+    """Whether a service can be reached."""
+    try:
+        return bool(ask(namespace, network, peer, timeout_s=timeout_s))
+    except OSError:
+        return False
+
+
 def _echo(connection: socket.socket) -> None:
     while data := connection.recv(_CHUNK_BYTES):
         connection.sendall(data)

@@ -1,0 +1,168 @@
+"""What stays in the kernel: the box's own addresses, broadcast, multicast, excluded prefixes."""
+
+import json
+import re
+import socket
+import struct
+from pathlib import Path
+
+import pytest
+
+from tests.lab import Daemon, Gateway, TcpService, UdpService, ask, cli, config, service, write_config
+
+NETWORKS = pytest.mark.parametrize("network", ["tcp", "udp"])
+FAMILIES = pytest.mark.parametrize("version", [4, 6], ids=["ipv4", "ipv6"])
+SO_BROADCAST_TO = ("10.1.0.255", "255.255.255.255")
+
+
+def flows_taken(daemon: Daemon) -> int:
+    counters = daemon.counters()
+    return counters["tcp_flows"] + counters["udp_flows"]
+
+
+@NETWORKS
+@FAMILIES
+def test_services_of_the_box_are_reached_directly(
+    lab: Gateway, daemon, ruleset: str, version: int, network: str
+) -> None:
+    running = daemon(interception={"ruleset": ruleset})
+    for side in ("client", "server"):
+        with service(lab.gateway, network, lab.gateway_address(version, side)) as own:
+            assert ask(lab.client, network, own.address) in own.peers
+    assert flows_taken(running) == 0
+
+
+def test_broadcast_and_multicast_stay_on_the_link(lab: Gateway, daemon, ruleset: str) -> None:
+    running = daemon(interception={"ruleset": ruleset})
+    got = []
+    for group in (*SO_BROADCAST_TO, "239.1.2.3", "ff15::7440"):
+        family = socket.AF_INET6 if ":" in group else socket.AF_INET
+        hearing, sending = (each.socket(family, socket.SOCK_DGRAM) for each in (lab.gateway, lab.client))
+        with hearing, sending:
+            hearing.bind(("::" if family == socket.AF_INET6 else "0.0.0.0", 999))
+            with lab.gateway.entered():
+                interface = socket.if_nametoindex("lan0")
+            with lab.client.entered():
+                outgoing = socket.if_nametoindex("eth0")
+            if family == socket.AF_INET6:
+                membership = socket.inet_pton(family, group) + struct.pack("@I", interface)
+                hearing.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_JOIN_GROUP, membership)
+                sending.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_MULTICAST_IF, outgoing)
+            elif group.startswith("239"):
+                membership = struct.pack("@4s4si", socket.inet_aton(group), bytes(4), interface)
+                hearing.setsockopt(socket.IPPROTO_IP, socket.IP_ADD_MEMBERSHIP, membership)
+            sending.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
+            sending.sendto(b"anyone?", (group, 999))
+            got.append((group, hearing.recv(16)))
+    assert len(got) == 4
+    assert flows_taken(running) == 0
+
+
+@NETWORKS
+@FAMILIES
+def test_excluded_prefixes_are_routed_and_others_relayed(
+    lab: Gateway, daemon, ruleset: str, version: int, network: str
+) -> None:
+    lab.forwarding(True)
+    excluded = {"destinations": ["10.2.0.8/31", "fd02::9"], "sources": ["10.1.0.9", "fd01::8/127"]}
+    running = daemon(interception={"ruleset": ruleset, "exclude": excluded})
+    for server, client in ((9, 2), (2, 9)):
+        with service(lab.server, network, lab.server_address(version, server)) as far:
+            assert ask(lab.client, network, far.address, (lab.client_address(version, client), 0)) in far.peers
+    assert flows_taken(running) == 0
+    with service(lab.server, network, lab.server_address(version, 7)) as far:
+        ask(lab.client, network, far.address, (lab.client_address(version, 7), 0))
+    (end,) = running.wait_flow_ends(1)
+    assert end["orig_dst"].rpartition(":")[0].strip("[]") == far.address[0]
+
+
+@FAMILIES
+def test_ports_that_are_not_named_are_routed(lab: Gateway, daemon, ruleset: str, version: int) -> None:
+    lab.forwarding(True)
+    ports = {"tcp_ports": [80, "8000-8009"], "udp_ports": []}
+    running = daemon(interception={"ruleset": ruleset, **ports})
+    for network, port, relayed in (("tcp", 79, 0), ("udp", 80, 0), ("tcp", 8010, 0), ("tcp", 80, 1), ("tcp", 8009, 2)):
+        with service(lab.server, network, lab.server_address(version), port) as far:
+            ask(lab.client, network, far.address)
+        if relayed:
+            assert len(running.wait_flow_ends(relayed)) == relayed
+    assert flows_taken(running) == 2
+
+
+CUT = "an answer from the client side that is no SYN and of no socket of ours is dropped as a new flow"
+HIJACKED = "the answer from the client side is taken in as a new flow"
+
+
+@pytest.mark.parametrize(
+    ("network", "on_failure"),
+    [
+        ("tcp", "open"),
+        pytest.param("tcp", "closed", marks=pytest.mark.xfail(strict=True, reason=CUT)),
+        pytest.param("udp", "open", marks=pytest.mark.xfail(strict=True, reason=HIJACKED)),
+        pytest.param("udp", "closed", marks=pytest.mark.xfail(strict=True, reason=HIJACKED)),
+    ],
+)
+def test_flows_from_the_other_side_are_routed(
+    lab: Gateway, daemon, ruleset: str, network: str, on_failure: str
+) -> None:
+    """A port forwarding, or a server among the clients: the answers come in where new flows do."""
+    lab.forwarding(True)
+    running = daemon(interception={"ruleset": ruleset, "on_failure": on_failure})
+    with service(lab.client, network, lab.client_address(4)) as near:
+        asked = ask(lab.server, network, near.address, timeout_s=0.5)
+        assert near.peers == [asked]
+    assert flows_taken(running) == 0
+
+
+def test_running_flows_outlive_their_exclusion(lab: Gateway, daemon, ruleset: str) -> None:
+    """Excluding a destination is for new flows; what is relayed stays relayed."""
+    running = daemon(interception={"ruleset": ruleset})
+    with TcpService(lab.server, lab.server_address(4)) as far, lab.client.tcp(far.address) as flow:
+        flow.sendall(b"one")
+        assert flow.recv(8) == b"one"
+        wanted = {"ruleset": ruleset, "exclude": {"destinations": ["10.2.0.0/24"]}}
+        done = cli(lab.gateway, "apply-rules", "-c", write_config(running.path.parent, interception=wanted))
+        assert done.returncode == 0, done.stderr
+        flow.sendall(b"two")
+        assert flow.recv(8) == b"two"
+    assert running.wait_flow_ends(1)[0]["bytes_up"] == 6
+
+
+# Many prefixes
+
+MANY = 100_000
+SUPERVISOR_LIMIT_KB = 80 * 1024
+APPLY_LIMIT_S = 60
+
+
+@pytest.mark.timeout(180)
+def test_a_hundred_thousand_prefixes(lab: Gateway, tmp_path: Path, ruleset: str) -> None:
+    lab.forwarding(True)
+    first = int.from_bytes(socket.inet_aton("100.64.0.0"), "big")
+    prefixes = [socket.inet_ntoa(struct.pack("!I", first + 2 * number)) for number in range(MANY - 2)]
+    excluded = {"destinations": [*prefixes, "10.2.0.9", "fd02::9"]}
+    text = json.dumps(config(interception={"ruleset": ruleset, "exclude": excluded}))  # JSON is YAML
+    running = Daemon(lab.gateway, tmp_path / "many", text, ready_s=APPLY_LIMIT_S)
+    assert resident_kb(running.process.pid) < SUPERVISOR_LIMIT_KB
+    for version in (4, 6):
+        with TcpService(lab.server, lab.server_address(version, 9)) as far:
+            ask(lab.client, "tcp", far.address)
+    with (
+        TcpService(lab.server, lab.server_address(4, 8)) as far,
+        UdpService(lab.server, lab.server_address(6, 8)) as far6,
+    ):
+        ask(lab.client, "tcp", far.address)
+        ask(lab.client, "udp", far6.address)
+    assert {end["orig_dst"] for end in running.wait_flow_ends(2)} == {
+        f"{far.address[0]}:{far.address[1]}",
+        f"[{far6.address[0]}]:{far6.address[1]}",
+    }
+    assert flows_taken(running) == 2
+    assert resident_kb(running.process.pid) < SUPERVISOR_LIMIT_KB
+    running.stop()
+
+
+def resident_kb(pid: int) -> int:
+    found = re.search(r"VmRSS:\s*(\d+) kB", Path(f"/proc/{pid}/status").read_text())
+    assert found is not None
+    return int(found[1])
