@@ -4,6 +4,8 @@
 PYTHON ?= /usr/bin/python3
 VENV   := .venv
 BIN    := $(VENV)/bin
+# Most tests wait for something: more of them at a time than cores.
+JOBS   ?= 4
 SUDO   := $(if $(filter 0,$(shell id -u)),,sudo)
 
 # python-iptables is built from source: gcc and the headers.
@@ -19,7 +21,7 @@ mininet: system-demo $(VENV)/ready
 	$(SUDO) $(BIN)/python mininet/scenario.py
 
 test: system-test lint
-	$(SUDO) env $(if $(CI),CI=$(CI)) $(BIN)/python -m pytest
+	$(SUDO) env $(if $(CI),CI=$(CI)) $(BIN)/python -m pytest -n $(JOBS)
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check
