@@ -89,26 +89,16 @@ def test_ports_that_are_not_named_are_routed(lab: Gateway, daemon, ruleset: str,
     assert flows_taken(running) == 2
 
 
-CUT = "an answer from the client side that is no SYN and of no socket of ours is dropped as a new flow"
-HIJACKED = "the answer from the client side is taken in as a new flow"
-
-
-@pytest.mark.parametrize(
-    ("network", "on_failure"),
-    [
-        ("tcp", "open"),
-        pytest.param("tcp", "closed", marks=pytest.mark.xfail(strict=True, reason=CUT)),
-        pytest.param("udp", "open", marks=pytest.mark.xfail(strict=True, reason=HIJACKED)),
-        pytest.param("udp", "closed", marks=pytest.mark.xfail(strict=True, reason=HIJACKED)),
-    ],
-)
+@pytest.mark.parametrize("version", [4, 6], ids=["ipv4", "ipv6"])
+@pytest.mark.parametrize("network", ["tcp", "udp"])
+@pytest.mark.parametrize("on_failure", ["closed", "open"])
 def test_flows_from_the_other_side_are_routed(
-    lab: Gateway, daemon, ruleset: str, network: str, on_failure: str
+    lab: Gateway, daemon, ruleset: str, network: str, on_failure: str, version: int
 ) -> None:
     """A port forwarding, or a server among the clients: the answers come in where new flows do."""
     lab.forwarding(True)
     running = daemon(interception={"ruleset": ruleset, "on_failure": on_failure})
-    with service(lab.client, network, lab.client_address(4)) as near:
+    with service(lab.client, network, lab.client_address(version)) as near:
         asked = ask(lab.server, network, near.address, timeout_s=0.5)
         assert near.peers == [asked]
     assert flows_taken(running) == 0

@@ -114,7 +114,6 @@ def test_a_missing_configuration_is_78(lab: Gateway, tmp_path: Path, command: st
     assert len(done.stderr.splitlines()) == 1
 
 
-@pytest.mark.xfail(strict=True, reason="a failed start removes the rules that stood before it: a closed box opens")
 def test_a_failed_start_leaves_the_rules_that_were_there(lab: Gateway, tmp_path: Path) -> None:
     path = write_config(tmp_path)
     assert cli(lab.gateway, "apply-rules", "-c", path).returncode == 0

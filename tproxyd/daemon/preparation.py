@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import pickle
 import sys
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Self
@@ -44,11 +45,14 @@ class Preparation:
     def __init__(self, path: Path) -> None:
         """Fork. Call it before any thread or event loop is there."""
         reader, writer = os.pipe2(os.O_CLOEXEC)
+        go_reader, self._go = os.pipe2(os.O_CLOEXEC)
         self._pid = os.fork()
         if not self._pid:
             os.close(reader)
-            _child(path, writer)
+            os.close(self._go)
+            _child(path, writer, go_reader)
         os.close(writer)
+        os.close(go_reader)
         self._answers: IO[bytes] = os.fdopen(reader, "rb")
 
     def __enter__(self) -> Self:
@@ -60,6 +64,7 @@ class Preparation:
     def wait(self) -> None:
         """Wait for the child to end: it may still be at writing the rules, and nobody may meddle with them."""
         if self._pid:
+            os.close(self._go)
             self._answers.read()
             self._answers.close()
             os.waitpid(self._pid, 0)
@@ -75,11 +80,13 @@ class Preparation:
         return answer
 
     def rules(self) -> list[str]:
-        """Wait until the rules are applied; return warnings.
+        """Have the rules applied, wait for it, and return warnings.
 
         Raises:
             TproxydError: as `Application.apply`; nothing has changed then.
         """
+        with suppress(BrokenPipeError):  # it found the rules impossible already
+            os.write(self._go, b"!")
         answer: list[str] = self._next()
         self.wait()
         return answer
@@ -94,14 +101,16 @@ class Preparation:
         return answer
 
 
-def _child(path: Path, writer: int) -> None:
+def _child(path: Path, writer: int, go: int) -> None:
     """Answer twice, then end without running anything of the parent's."""
     code = 0
     with os.fdopen(writer, "wb", buffering=0) as answers:
         try:
-            _prepare(path, answers)
-        except (TproxydError, OSError) as error:
+            _prepare(path, answers, go)
+        except TproxydError as error:
             answers.write(pickle.dumps(error))
+        except OSError as error:
+            answers.write(pickle.dumps(TproxydError(f"preparing the rules failed: {error}")))
         except BaseException as error:  # noqa: BLE001  # a child's border: reported, and the child ends
             answers.write(pickle.dumps(TproxydError(f"internal error: {error!r}")))
             code = 1
@@ -109,7 +118,7 @@ def _child(path: Path, writer: int) -> None:
     os._exit(code)
 
 
-def _prepare(path: Path, answers: Any) -> None:
+def _prepare(path: Path, answers: Any, go: int) -> None:
     from tproxyd.config import load_config
     from tproxyd.netfilter.apply import Application
 
@@ -117,6 +126,8 @@ def _prepare(path: Path, answers: Any) -> None:
     application = Application(config)
     answers.write(pickle.dumps(summary(config, application.ruleset)))
     warnings = application.check()
+    if not os.read(go, 1):
+        return  # the start failed: the rules stay as they are
     application.apply()
     answers.write(pickle.dumps(warnings))
 

@@ -10,7 +10,9 @@ from tproxyd.lock import only_one
 
 
 def run(path: Path, *, keep_rules: bool) -> None:
-    """Serve until told to stop; the rules go with a clean stop or a failed start, unless they are to be kept.
+    """Serve until told to stop; the rules go with a clean stop, unless they are to be kept.
+
+    A start that fails leaves them as they were: a box that was closed stays closed.
 
     Raises:
         TproxydError: it could not start.
@@ -26,13 +28,11 @@ def run(path: Path, *, keep_rules: bool) -> None:
 
             await Supervisor(prepared, preparation.rules).run()
 
-        served = False
         try:
             uvloop.run(serve())
-            served = True
         finally:
-            if not (served and keep_rules):
-                from tproxyd.netfilter.apply import remove
+            preparation.wait()
+        if not keep_rules:
+            from tproxyd.netfilter.apply import remove
 
-                preparation.wait()
-                remove()
+            remove()

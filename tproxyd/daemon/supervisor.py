@@ -199,9 +199,6 @@ class Supervisor:
                 raise TproxydError(f"the listener can't be opened on port {port}: {error}: set another port") from error
 
     async def _start(self) -> None:
-        warnings = await asyncio.get_running_loop().run_in_executor(None, self._rules)
-        for warning in warnings:
-            _log.warning("%s", warning)
         try:
             async with asyncio.timeout(_READY_S):
                 for slot in self._slots:
@@ -210,6 +207,9 @@ class Supervisor:
                         raise TproxydError(slot.failure)
         except TimeoutError as error:
             raise TproxydError(f"the workers were not ready within {_READY_S:.0f} s") from error
+        warnings = await asyncio.get_running_loop().run_in_executor(None, self._rules)
+        for warning in warnings:
+            _log.warning("%s", warning)
         await self._renew_lease()
         _log.info(
             "serving with %d workers on %s",

@@ -17,12 +17,12 @@ from itertools import islice
 from typing import Final, Self
 
 from tproxyd.errors import KernelUnsupported, PermissionDenied, RulesetError
-from tproxyd.netfilter.iptables import HALVES, MAX_PREFIXES, SET_PREFIX, IpSet, lease_name
+from tproxyd.netfilter.iptables import HALVES, SET_PREFIX, IpSet, lease_name
 
 _NEW_SET: Final = f"{SET_PREFIX}new"
 """Where a set is filled before it takes its place."""
 
-_TYPE: Final = "hash:net"
+_KINDS: Final = ("hash:net", "hash:ip,port,ip")
 _FAMILY: Final = {4: socket.AF_INET, 6: socket.AF_INET6}
 _VERSION: Final = {socket.AF_INET: 4, socket.AF_INET6: 6}
 _LONGEST: Final = {4: 32, 6: 128}
@@ -45,7 +45,7 @@ _REASONS: Final = {
     errno.ENOENT: "no such set",
     errno.EEXIST: "the set exists already",
     4097: "ipset protocol error",
-    4098: "the kernel has no set type hash:net (CONFIG_IP_SET_HASH_NET)",
+    4098: "the kernel lacks its set type (CONFIG_IP_SET_HASH_NET, CONFIG_IP_SET_HASH_IPPORTIP)",
     4099: "too many sets",
     4100: "rules still use it",
     4101: "the new name is taken",
@@ -118,8 +118,8 @@ def keep_only(wanted: Iterable[IpSet]) -> None:
 
 def same(one: IpSet, other: IpSet) -> bool:
     """Tell whether two sets are alike, in whatever order their prefixes come."""
-    alike = (one.name, one.version, one.timeout) == (other.name, other.version, other.timeout)
-    return alike and (one.timeout or set(one.prefixes) == set(other.prefixes))
+    alike = replace(one, prefixes=()) == replace(other, prefixes=())
+    return alike and (one.timeout_s is not None or set(one.prefixes) == set(other.prefixes))
 
 
 def renew_lease(versions: Iterable[int], lease_s: int) -> None:
@@ -145,28 +145,36 @@ def _names(kernel: _Netlink) -> list[str]:
 
 
 def _read(kernel: _Netlink, name: str) -> IpSet:
-    version, timeout, prefixes = 4, False, []
+    found = IpSet(name, 4, ())
+    prefixes: list[str] = []
     for attributes in kernel.dump([_text(_SETNAME, name)]):
-        if attributes.get(_TYPENAME, _TYPE.encode()).rstrip(b"\0") != _TYPE.encode():
-            raise RulesetError(f"ipset {name} exists and is not tproxyd's: rename or destroy it")
         if _FAMILY_ATTR in attributes:
-            version = _VERSION.get(socket.AddressFamily(attributes[_FAMILY_ATTR][0]), 0)
-            timeout = _TIMEOUT in dict(_attributes(attributes[_DATA]))
-        if _ADT in attributes and not timeout:
-            prefixes += [_prefix(member, version) for _, member in _attributes(attributes[_ADT])]
-    return IpSet(name, version, tuple(sorted(prefixes)), timeout)
+            found = _header(name, attributes)
+        if _ADT in attributes and found.timeout_s is None:
+            prefixes += [_prefix(member, found.version) for _, member in _attributes(attributes[_ADT])]
+    return replace(found, prefixes=tuple(sorted(prefixes)))
+
+
+def _header(name: str, attributes: dict[int, bytes]) -> IpSet:
+    kind = attributes[_TYPENAME].rstrip(b"\0").decode()
+    if kind not in _KINDS:
+        raise RulesetError(f"ipset {name} exists and is not tproxyd's: rename or destroy it")
+    version = _VERSION.get(socket.AddressFamily(attributes[_FAMILY_ATTR][0]), 0)
+    timeout = dict(_attributes(attributes[_DATA])).get(_TIMEOUT)
+    timeout_s = None if timeout is None else int.from_bytes(timeout, "big")
+    return IpSet(name, version, (), timeout_s, kind)
 
 
 def _create(kernel: _Netlink, ip_set: IpSet) -> None:
     family = _byte(_FAMILY_ATTR, _FAMILY[ip_set.version])
-    (kind,) = kernel.request(_GET_TYPE, _NLM_ACK, [_text(_TYPENAME, _TYPE), family])
+    (kind,) = kernel.request(_GET_TYPE, _NLM_ACK, [_text(_TYPENAME, ip_set.kind), family])
     settings = [
         _number(_HASHSIZE, max(1024, len(ip_set.prefixes) // 4)),
-        _number(_MAXELEM, max(MAX_PREFIXES, len(ip_set.prefixes))),
+        _number(_MAXELEM, max(ip_set.max_members, len(ip_set.prefixes))),
     ]
-    if ip_set.timeout:
-        settings.append(_number(_TIMEOUT, 0))
-    head = [_text(_TYPENAME, _TYPE), _attribute(_REVISION, kind[_REVISION]), family]
+    if ip_set.timeout_s is not None:
+        settings.append(_number(_TIMEOUT, ip_set.timeout_s))
+    head = [_text(_TYPENAME, ip_set.kind), _attribute(_REVISION, kind[_REVISION]), family]
     kernel.change(_CREATE, ip_set.name, [*head, _attribute(_DATA | _NESTED, b"".join(settings))], exclusive=True)
     _add(kernel, ip_set.name, ip_set.version, ip_set.prefixes)
 

@@ -10,11 +10,13 @@ matches. `line` writes one as iptables-save does, so that two rules are equal wh
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Any, Final
 
 from tproxyd.config import Mark, PortRange
-from tproxyd.netfilter.plan import Intercept, PrefixSet, Ruleset
+from tproxyd.flow import Network
+from tproxyd.netfilter.plan import INBOUND_S, Intercept, PrefixSet, Ruleset
 
 Rule = dict[str, Any]
 
@@ -23,6 +25,8 @@ SET_PREFIX: Final = "tproxyd_"
 
 MAX_PREFIXES: Final = 1 << 20
 """The kernel's own default for a set is 65,536."""
+
+MAX_EXPIRING: Final = 1 << 16
 
 HALVES: Final = {4: ("0.0.0.0/1", "128.0.0.0/1"), 6: ("::/1", "8000::/1")}
 """All addresses: hash:net has no prefix of length 0."""
@@ -45,16 +49,24 @@ _BASIC: Final = {
 
 @dataclass(frozen=True, slots=True)
 class IpSet:
-    """A set of type hash:net.
+    """A set.
 
     Attributes:
-        timeout: members expire (the lease); which ones it holds is then no part of the ruleset.
+        timeout_s: members expire, after so long unless they say otherwise; which ones there are is then no part
+            of the ruleset. None: they stay.
+        kind: its type, as ipset names it.
     """
 
     name: str
     version: int
     prefixes: tuple[str, ...]
-    timeout: bool = False
+    timeout_s: int | None = None
+    kind: str = "hash:net"
+
+    @property
+    def max_members(self) -> int:
+        """How many members it takes: what outsiders can fill stays small."""
+        return MAX_PREFIXES if self.timeout_s is None else MAX_EXPIRING
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +88,12 @@ def ip_sets(ruleset: Ruleset) -> tuple[IpSet, ...]:
         for prefix_set in ruleset.excluded
     ]
     versions = ruleset.versions if ruleset.lease else ()
-    return (*excluded, *(IpSet(lease_name(version), version, (), timeout=True) for version in versions))
+    leases = [IpSet(lease_name(version), version, (), timeout_s=0) for version in versions]
+    inbound = [
+        IpSet(_inbound_name(version), version, (), timeout_s=INBOUND_S, kind="hash:ip,port,ip")
+        for version in _inbound_versions(ruleset)
+    ]
+    return (*excluded, *leases, *inbound)
 
 
 def lease_name(version: int) -> str:
@@ -112,8 +129,8 @@ def command(version: int) -> str:
 def set_text(ip_set: IpSet) -> str:
     """Return a set as `ipset restore` reads it."""
     family = {4: "inet", 6: "inet6"}[ip_set.version]
-    timeout = " timeout 0" if ip_set.timeout else ""
-    create = f"create {ip_set.name} hash:net family {family} maxelem {MAX_PREFIXES}{timeout}\n"
+    timeout = "" if ip_set.timeout_s is None else f" timeout {ip_set.timeout_s}"
+    create = f"create {ip_set.name} {ip_set.kind} family {family} maxelem {ip_set.max_members}{timeout}\n"
     return create + "".join(f"add {ip_set.name} {prefix}\n" for prefix in ip_set.prefixes)
 
 
@@ -153,9 +170,10 @@ def _restore_lines(table: Table) -> Iterator[str]:
 def _raw(ruleset: Ruleset, version: int) -> Table:
     """Before connection tracking: which packets are on the client side.
 
-    As in `nft`: a SYN never counts as a packet of a socket left in TIME_WAIT, and what is not known to be on
-    the server side is on the client side. xt_socket can't compare a socket's mark without copying it over the
-    packet's. No verdict: the packets go on through others' rules in this table.
+    As in `nft`: a SYN never counts as a packet of a socket left in TIME_WAIT, nor UDP as one of a socket that
+    is being connected, and what is not known to be on the server side is on the client side. xt_socket can't
+    compare a socket's mark without copying it over the packet's. No verdict: the packets go on through others'
+    rules in this table.
     """
     known = {"socket": _OUR_SOCKET | {"restore-skmark": ""}, "mark": {"mark": _shown(ruleset.server_mark)}}
     return Table(
@@ -167,13 +185,14 @@ def _raw(ruleset: Ruleset, version: int) -> Table:
             "TPROXYD_RAW": [
                 {"protocol": "tcp", "tcp": {"tcp-flags": [*_SYN]}, "target": {"goto": "TPROXYD_NEW"}},
                 {**known, "target": "RETURN"},
+                {"protocol": "udp", "target": {"goto": "TPROXYD_NEW"}},
                 {"socket": _OUR_SOCKET, "target": {"goto": "TPROXYD_CLIENT"}},
-                {"target": {"goto": "TPROXYD_NEW"}},
             ],
             "TPROXYD_NEW": [
+                {"addrtype": {"src-type": "LOCAL"}, "target": "DROP"},
                 *_stays_in_kernel(ruleset, version),
                 *_unless_leased(ruleset, version),
-                *([_UNLESS_SYN] if ruleset.lease else []),
+                *_unless_answer(ruleset, version),
                 *_flows(ruleset, version, {"goto": "TPROXYD_CLIENT"}),
             ],
             "TPROXYD_CLIENT": [{"target": {"CT": {"notrack": ""}}}, _set_mark(ruleset)],
@@ -198,20 +217,35 @@ def _mangle(ruleset: Ruleset, version: int) -> Table:
     mark = {"mark": {"mark": _shown(ruleset.mark)}}
     interfaces = [*ruleset.interfaces, *(["lo"] if ruleset.own_traffic else [])]
     syn = {"protocol": "tcp", "tcp": {"tcp-flags": [*_SYN]}}
+    udp = {"protocol": "udp"}
     listen = {"target": {"goto": "TPROXYD_LISTEN"}}
     intercepts = [intercept for intercept in ruleset.intercepts if intercept.version == version]
     table = Table(
         jumps={"PREROUTING": [{"target": "TPROXYD"}]},
         chains={
             "TPROXYD": [
-                *({"in-interface": name, **syn, **mark, **listen} for name in interfaces),
+                *({"in-interface": name, **first, **mark, **listen} for name in interfaces for first in (syn, udp)),
+                {"protocol": "udp", "target": {"goto": "TPROXYD_ANSWER"}},
                 {"socket": _OUR_SOCKET, "target": {"goto": "TPROXYD_OURS"}},
                 *({"in-interface": name, **mark, **listen} for name in interfaces),
             ],
             "TPROXYD_LISTEN": [_tproxy(intercept, ruleset.mark) for intercept in intercepts],
+            "TPROXYD_ANSWER": _answers(ruleset, version),
             "TPROXYD_OURS": [_set_mark(ruleset), {"target": "ACCEPT"}],
         },
     )
+    if not ruleset.lease:
+        table.chains["TPROXYD"] += [
+            {"in-interface": name, **_UNLESS_SYN, "target": {"goto": "TPROXYD_STRAY"}} for name in ruleset.interfaces
+        ]
+        table.chains["TPROXYD_STRAY"] = [
+            {"conntrack": {"ctdir": "REPLY"}, "target": "RETURN"},
+            *_stays_in_kernel(ruleset, version),
+            *_flows(ruleset, version, {"goto": "TPROXYD_LISTEN"}, {Network.TCP}),
+        ]
+    if version in _inbound_versions(ruleset):
+        table.jumps["FORWARD"] = [{"target": "TPROXYD_INBOUND"}]
+        table.chains["TPROXYD_INBOUND"] = [_remember_inbound(name, version) for name in ruleset.interfaces]
     if ruleset.own_traffic:
         table.jumps["OUTPUT"] = [{"target": "TPROXYD_OWN"}]
         table.chains["TPROXYD_OWN"] = _own_traffic(ruleset, version)
@@ -262,21 +296,59 @@ _UNLESS_SYN: Final = {"protocol": "tcp", "tcp": {"tcp-flags": ["!", *_SYN]}, "ta
 """What begins to intercept, and may fail open, leaves running connections alone."""
 
 
-def _flows(ruleset: Ruleset, version: int, target: Rule) -> list[Rule]:
+def _unless_answer(ruleset: Ruleset, version: int) -> list[Rule]:
+    """UDP flows that came from the other side: their answers are no new flows, and only raw can say so."""
+    known = {"protocol": "udp", "set": {"match-set": [_inbound_name(version), "src,src,dst"]}, "target": "RETURN"}
+    return [known] if version in _inbound_versions(ruleset) else []
+
+
+def _answers(ruleset: Ruleset, version: int) -> list[Rule]:
+    """A full cone takes datagrams from anyone; not from those whom its client reaches past tproxyd."""
+    excluded = [each for each in ruleset.excluded if (each.field, each.version) == ("destination", version)]
+    rules: list[Rule] = [{"set": {"match-set": [_set_name(each), "src"]}, "target": "RETURN"} for each in excluded]
+    for intercept in ruleset.intercepts:
+        if (intercept.network, intercept.version) == (Network.UDP, version):
+            rules += [
+                {"protocol": "udp", **ports, "socket": _OUR_SOCKET, "target": {"goto": "TPROXYD_OURS"}}
+                for ports in _port_matches(intercept, "sport")
+            ]
+    return rules
+
+
+def _remember_inbound(interface: str, version: int) -> Rule:
+    return {
+        "out-interface": interface,
+        "protocol": "udp",
+        "conntrack": {"ctdir": "ORIGINAL"},
+        "target": {"SET": {"add-set": [_inbound_name(version), "dst,dst,src"], "exist": ""}},
+    }
+
+
+def _inbound_versions(ruleset: Ruleset) -> list[int]:
+    return [intercept.version for intercept in ruleset.intercepts if intercept.network is Network.UDP]
+
+
+def _inbound_name(version: int) -> str:
+    return f"{SET_PREFIX}inbound_v{version}"
+
+
+def _flows(
+    ruleset: Ruleset, version: int, target: Rule, networks: AbstractSet[Network] = frozenset(Network)
+) -> list[Rule]:
     return [
         {"protocol": str(intercept.network), **ports, "target": target}
         for intercept in ruleset.intercepts
-        if intercept.version == version
+        if intercept.version == version and intercept.network in networks
         for ports in _port_matches(intercept)
     ]
 
 
-def _port_matches(intercept: Intercept) -> Iterator[Rule]:
+def _port_matches(intercept: Intercept, which: str = "dport") -> Iterator[Rule]:
     for ports in _groups(intercept.ports):
         if len(ports) == 1:
-            yield {str(intercept.network): {"dport": _range(ports[0])}}
+            yield {str(intercept.network): {which: _range(ports[0])}}
         else:
-            yield {"multiport": {"dports": ",".join(_range(each) for each in ports)}}
+            yield {"multiport": {f"{which}s": ",".join(_range(each) for each in ports)}}
 
 
 def _groups(ports: Iterable[PortRange]) -> Iterator[list[PortRange]]:

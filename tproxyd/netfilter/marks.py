@@ -53,12 +53,16 @@ class Use:
 def check_marks(ruleset: Ruleset) -> None:
     """Look through the rules of everyone else in this network namespace.
 
+    Who asks for exactly our `mark` means the flows we intercept: a firewall's input chain has to let them in.
+
     Raises:
         RulesetError: a rule could put one of our marks on foreign packets, or would take ours for its own.
     """
     for use in (*_nftables_uses(), *_iptables_uses()):
         for key in ("mark", "client_mark", "server_mark"):
             mark = getattr(ruleset, key)
+            if key == "mark" and (use.what, use.value, use.mask) == ("matches", mark.value, mark.mask):
+                continue
             shared = use.mask & mark.mask
             if use.value & shared and use.value & shared == mark.value & shared:
                 raise RulesetError(

@@ -7,21 +7,25 @@ written the way `nft list table` shows it, so that the two can be compared by ey
 from __future__ import annotations
 
 from collections.abc import Iterable
+from collections.abc import Set as AbstractSet
 from typing import Final
 
 from tproxyd.config import Mark
-from tproxyd.netfilter.plan import Intercept, PrefixSet, Ruleset
+from tproxyd.flow import Network
+from tproxyd.netfilter.plan import INBOUND_S, Intercept, PrefixSet, Ruleset
 
 TABLE: Final = "inet tproxyd"
 OWNER_COMMENT: Final = "managed by tproxyd"
 LEASE_SET: Final = "lease"
+INBOUND_SETS: Final = {4: "inbound_v4", 6: "inbound_v6"}
+"""UDP flows from the other side: outer address and port, inner address and port."""
 
 _ADDRESS: Final = {4: "ip", 6: "ip6"}
 _OUR_SOCKET: Final = "socket transparent 1"
 _FOREIGN_LISTENER: Final = "socket transparent 1 socket wildcard 1"
 """Someone else's transparent socket on the wildcard address: ours are bound to loopback. To ask for `wildcard 0`
 would miss our half-open and TIME_WAIT sockets, of which the kernel can't say."""
-_RELAYED: Final = "meta l4proto { icmp, tcp, udp, ipv6-icmp }"
+_NOT_RELAYED: Final = "meta l4proto != { icmp, tcp, udp, ipv6-icmp }"
 _SYN: Final = "tcp flags syn / fin,syn,rst,ack"
 _NOT_SYN: Final = "tcp flags != syn / fin,syn,rst,ack"
 
@@ -37,31 +41,36 @@ def table(ruleset: Ruleset) -> str:
     blocks += [_prefix_set(prefix_set) for prefix_set in ruleset.excluded]
     if ruleset.lease:
         blocks.append(f"\tset {LEASE_SET} {{\n\t\ttype nf_proto\n\t\tflags timeout\n\t}}\n")
+    blocks += [_inbound_set(version) for version in inbound_versions(ruleset)]
     blocks += [_chain(name, lines) for name, lines in chains(ruleset).items()]
     return f"table {TABLE} {{\n" + "\n".join(blocks) + "}\n"
+
+
+def inbound_versions(ruleset: Ruleset) -> list[int]:
+    """The families in which UDP is intercepted, so that answers must be told from new flows."""
+    return [intercept.version for intercept in ruleset.intercepts if intercept.network is Network.UDP]
 
 
 def chains(ruleset: Ruleset) -> dict[str, list[str]]:
     """Return each chain's lines; the first line of a base chain is its hook."""
     found = {
         "intercept": _intercept_chain(ruleset),
-        "new_flow": _new_flow(ruleset, "notrack "),
-        "divert": [
-            "type filter hook prerouting priority mangle + 5; policy accept;",
-            f"{_matches(ruleset.mark)} return",
-            f"{_RELAYED.replace('{', '!= {')} return",
-            f"{_FOREIGN_LISTENER} return",
-            f"{_OUR_SOCKET} {_set(ruleset.mark)}",
-        ],
+        "new_flow": ["fib saddr type local drop", *_new_flow(ruleset, "notrack ")],
+        "divert": _divert_chain(ruleset),
         "client_side": [
             "type filter hook output priority raw; policy accept;",
             f'oifname != "lo" {_matches(ruleset.client_mark)} notrack',
         ],
     }
+    if not ruleset.lease:
+        found["stray"] = ["ct direction reply return", *_new_flow(ruleset, "", {Network.TCP})]
+    if inbound_versions(ruleset):
+        found["inbound"] = _inbound_chain(ruleset)
     if ruleset.own_traffic:
         found["own_output"] = _own_output_chain(ruleset)
         found["own_flow"] = [
             f"{_SYN} goto own_new_flow",
+            "meta l4proto udp goto own_new_flow",
             f"{_FOREIGN_LISTENER} goto own_new_flow",
             f"{_OUR_SOCKET} accept",
             "goto own_new_flow",
@@ -74,37 +83,87 @@ def _intercept_chain(ruleset: Ruleset) -> list[str]:
     """Before connection tracking: known client-side packets, then candidates for a new flow.
 
     A SYN goes to `tproxy` even where a socket of ours is left in TIME_WAIT: tproxy alone knows how to let the
-    listener take over. A socket's mark can be read of full sockets only, so what is not known to be on the
-    server side (half-open, TIME_WAIT) is taken for the client side.
+    listener take over. So does UDP: tproxy looks for connected sockets only, and gives the packet to the one it
+    finds; a socket that is being connected in this moment would match, and then not take the packet. A socket's
+    mark can be read of full sockets only, so what is not known to be on the server side (half-open, TIME_WAIT)
+    is taken for the client side.
     """
-    interfaces = _members(f'"{name}"' for name in ruleset.interfaces)
     lines = ["type filter hook prerouting priority raw; policy accept;"]
     if ruleset.own_traffic:
         lines.append(f'iifname "lo" {_matches(ruleset.mark)} goto own_flow')
     return [
         *lines,
-        f"iifname != {interfaces} return",
-        f"{_RELAYED.replace('{', '!= {')} return",
+        f"iifname != {_interfaces(ruleset)} return",
+        f"{_NOT_RELAYED} return",
         f"{_SYN} goto new_flow",
-        f"{_FOREIGN_LISTENER} goto new_flow",
         f"{_OUR_SOCKET} {_matches(ruleset.server_mark, 'socket mark')} return",
+        "meta l4proto udp goto new_flow",
+        f"{_FOREIGN_LISTENER} return",
         f"{_OUR_SOCKET} notrack {_set(ruleset.mark)} accept",
-        "goto new_flow",
     ]
 
 
-def _new_flow(ruleset: Ruleset, track: str) -> list[str]:
+def _divert_chain(ruleset: Ruleset) -> list[str]:
+    """After connection tracking: packets of server-side sockets, answers under masquerading among them.
+
+    Where nothing may go by, TCP that is neither a beginning, nor ours, nor an answer is reset by the listener.
+    """
+    lines = [
+        "type filter hook prerouting priority mangle + 5; policy accept;",
+        f"{_matches(ruleset.mark)} return",
+        f"{_NOT_RELAYED} return",
+        *_unless_relayed_answer(ruleset),
+        f"{_FOREIGN_LISTENER} return",
+        f"{_OUR_SOCKET} {_set(ruleset.mark)} return",
+    ]
+    if not ruleset.lease:
+        lines.append(f"iifname {_interfaces(ruleset)} {_NOT_SYN} goto stray")
+    return lines
+
+
+def _unless_relayed_answer(ruleset: Ruleset) -> list[str]:
+    """A full cone takes datagrams from anyone; not from those whom its client reaches past tproxyd."""
+    lines = []
+    for prefix_set in ruleset.excluded:
+        if prefix_set.field == "destination":
+            lines.append(f"meta l4proto udp {_ADDRESS[prefix_set.version]} saddr @{prefix_set.name} return")
+    ports = next((each.ports for each in ruleset.intercepts if each.network is Network.UDP), ())
+    return [*lines, f"udp sport != {_members(str(port) for port in ports)} return"] if ports else lines
+
+
+def _inbound_chain(ruleset: Ruleset) -> list[str]:
+    """Remember UDP flows that came from the other side: their answers are no new flows, and only raw can say so."""
+    return [
+        "type filter hook forward priority mangle; policy accept;",
+        f"oifname != {_interfaces(ruleset)} return",
+        *(
+            f"ct direction original update @{INBOUND_SETS[version]} "
+            f"{{ {_ADDRESS[version]} saddr . udp sport . {_ADDRESS[version]} daddr . udp dport }}"
+            for version in inbound_versions(ruleset)
+        ),
+    ]
+
+
+def _new_flow(ruleset: Ruleset, track: str, networks: AbstractSet[Network] = frozenset(Network)) -> list[str]:
     """Packets of no socket of ours: what must stay in the kernel, then the listener, then the last word.
 
     A gateway that has just begun to intercept, and may fail open, leaves running connections alone.
     """
+    intercepts = [intercept for intercept in ruleset.intercepts if intercept.network in networks]
     lines = [*_stays_in_kernel(ruleset), *_unless_leased(ruleset)]
     if ruleset.lease:
         lines.append(f"{_NOT_SYN} return")
-    lines += [_tproxy(intercept, track, ruleset.mark) for intercept in ruleset.intercepts]
+    if Network.UDP in networks:
+        lines += [_answers(version) for version in inbound_versions(ruleset)]
+    lines += [_tproxy(intercept, track, ruleset.mark) for intercept in intercepts]
     if not ruleset.lease:
-        lines += [f"{_flows(intercept)} drop" for intercept in ruleset.intercepts]
+        lines += [f"{_flows(intercept)} drop" for intercept in intercepts]
     return lines
+
+
+def _answers(version: int) -> str:
+    address = _ADDRESS[version]
+    return f"{address} daddr . udp dport . {address} saddr . udp sport @{INBOUND_SETS[version]} return"
 
 
 def _own_output_chain(ruleset: Ruleset) -> list[str]:
@@ -149,6 +208,14 @@ def _flows(intercept: Intercept) -> str:
     return f"meta nfproto ipv{intercept.version} {intercept.network} dport {ports}"
 
 
+def _inbound_set(version: int) -> str:
+    address = f"ipv{version}_addr"
+    return (
+        f"\tset {INBOUND_SETS[version]} {{\n\t\ttype {address} . inet_service . {address} . inet_service\n"
+        f"\t\tsize 65535\n\t\tflags dynamic,timeout\n\t\ttimeout {INBOUND_S // 60}m\n\t}}\n"
+    )
+
+
 def _prefix_set(prefix_set: PrefixSet) -> str:
     elements = ",\n\t\t\t     ".join(prefix_set.prefixes)
     return (
@@ -159,6 +226,10 @@ def _prefix_set(prefix_set: PrefixSet) -> str:
 
 def _chain(name: str, lines: list[str]) -> str:
     return f"\tchain {name} {{\n" + "".join(f"\t\t{line}\n" for line in lines) + "\t}\n"
+
+
+def _interfaces(ruleset: Ruleset) -> str:
+    return _members(f'"{name}"' for name in ruleset.interfaces)
 
 
 def _members(items: Iterable[str]) -> str:

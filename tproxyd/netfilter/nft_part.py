@@ -66,8 +66,10 @@ class NftPart:
         return self._ruleset
 
     def _comment(self, listing: str) -> str:
-        """The digests of what is asked for and of what the kernel shows, but for the lease, which comes and goes."""
-        shown = _without_set(_without_set(listing, _DIGESTS), nft.LEASE_SET)
+        """The digests of what is asked for and of what the kernel shows, but for sets whose elements come and go."""
+        shown = listing
+        for name in (_DIGESTS, nft.LEASE_SET, *nft.INBOUND_SETS.values()):
+            shown = _without_set(shown, name)
         return f'comment "{_digest(nft.render(self._wanted()))} {_digest(shown)}"'
 
     def _verify(self) -> None:
@@ -77,7 +79,7 @@ class NftPart:
         wanted = {
             "chains": len(chains),
             "rules": sum(len([line for line in lines if not line.startswith("type ")]) for lines in chains.values()),
-            "sets": len(ruleset.excluded) + ruleset.lease,
+            "sets": len(ruleset.excluded) + ruleset.lease + len(nft.inbound_versions(ruleset)),
             "prefixes": sum(len(prefix_set.prefixes) for prefix_set in ruleset.excluded),
         }
         sets = [item["set"] for item in held if "set" in item]
@@ -85,7 +87,7 @@ class NftPart:
             "chains": sum("chain" in item for item in held),
             "rules": sum("rule" in item for item in held),
             "sets": len(sets),
-            "prefixes": sum(len(item.get("elem", [])) for item in sets if item["name"] != nft.LEASE_SET),
+            "prefixes": sum(len(item.get("elem", [])) for item in sets if item["name"].startswith("excluded_")),
         }
         if seen != wanted:
             raise RulesetError(f"nftables took the ruleset, but shows {seen} in place of {wanted}")

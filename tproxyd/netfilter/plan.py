@@ -28,6 +28,9 @@ NEVER_SOURCES: Final = {
 }
 """Clients without a routable address (DHCP, link-local): a spoofed answer could not be sent."""
 
+INBOUND_S: Final = 180
+"""How long a UDP flow that came from the other side is remembered after its last packet (as conntrack's streams)."""
+
 LEASE_S: Final = 5
 """How long an open gateway goes on intercepting after its daemon has stopped renewing the lease."""
 
