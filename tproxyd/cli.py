@@ -35,19 +35,41 @@ EXIT_CODES: Final[tuple[tuple[type[TproxydError], int], ...]] = (
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code; every error is lines on standard error, never a traceback."""
+    _open_standard_files()
     options = _parser().parse_args(arguments)
     command: Callable[[argparse.Namespace], int] = options.command
     try:
-        return command(options)
+        code = command(options)
+        sys.stdout.flush()
+        return code
     except TproxydError as error:
         for line in str(error).splitlines():
             print(f"tproxyd: error: {line}", file=sys.stderr)
         return next(code for kind, code in EXIT_CODES if isinstance(error, kind))
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_output()
+        return 1
+    except OSError as error:
+        print(f"tproxyd: error: {error}", file=sys.stderr)
+        _discard_output()
         return 1
     except KeyboardInterrupt:
         return 130
+
+
+def _open_standard_files() -> None:
+    """Give standard input, output and error a place where the caller closed them: else a socket would get theirs."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number: this one
+            setattr(sys, name, os.fdopen(number, "r" if number == 0 else "w", closefd=False))
+
+
+def _discard_output() -> None:
+    """Let the interpreter's last flush of standard output go nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _parser() -> argparse.ArgumentParser:

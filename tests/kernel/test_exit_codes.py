@@ -4,12 +4,14 @@ import shutil
 import socket
 import tempfile
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 from tests.lab import Daemon, Gateway, Residue, cli, tproxyd, write_config
 from tests.lab.daemon import TPROXYD
+from tproxyd.lock import only_one
 
 NOBODY = ("setpriv", "--reuid", "nobody", "--regid", "nogroup", "--clear-groups")
 NEEDS_CONFIG = ("run", "apply-rules", "check-config", "show-rules")
@@ -64,8 +66,9 @@ def test_a_second_daemon_is_75_and_the_first_runs_on(lab: Gateway, daemon) -> No
 def test_two_writers_of_rules_at_a_time_are_75(lab: Gateway, tmp_path: Path) -> None:
     before = Residue.of(lab.gateway)
     path = write_config(tmp_path)
-    with lab.gateway.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as writer:
-        writer.bind("\0tproxyd/rules")
+    with ExitStack() as stack:
+        with lab.gateway.entered():
+            stack.enter_context(only_one("rules", "this test"))
         for arguments in (["apply-rules", "-c", path], ["remove-rules"]):
             done = cli(lab.gateway, *arguments)
             assert done.returncode == 75

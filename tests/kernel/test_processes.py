@@ -214,3 +214,83 @@ def test_readiness_is_told_to_the_service_manager(lab: Gateway, tmp_path: Path) 
         process.terminate()
         assert manager.recv(100) == b"STOPPING=1"
         assert process.wait(10) == 0
+
+
+def test_a_hung_worker_is_replaced(lab: Gateway, daemon: DaemonFactory) -> None:
+    running = daemon(workers=2)
+    victim, survivor = running.worker_pids()
+    os.kill(victim, signal.SIGSTOP)
+    eventually(lambda: victim not in running.worker_pids() and len(running.worker_pids()) == 2, "it is replaced", 20)
+    assert survivor in running.worker_pids()
+    with TcpService(lab.server, lab.server_address(4)) as service:
+        for _ in range(20):
+            with lab.client.tcp(service.address) as connection:
+                assert echoed(connection)
+    assert any("has not answered" in message for message in running.messages())
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1])
+def test_signals_for_the_supervisor_do_the_workers_no_harm(
+    lab: Gateway, daemon: DaemonFactory, number: signal.Signals
+) -> None:
+    running = daemon(workers=2)
+    workers = running.worker_pids()
+    with TcpService(lab.server, lab.server_address(4)) as service, lab.client.tcp(service.address) as connection:
+        assert echoed(connection)
+        for pid in running.pids():
+            os.kill(pid, number)
+        time.sleep(0.3)
+        assert echoed(connection)
+    assert running.running
+    assert running.worker_pids() == workers
+
+
+@pytest.mark.parametrize("delay_s", [0.02, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7])
+def test_sigterm_while_starting_leaves_nothing_behind(lab: Gateway, tmp_path: Path, delay_s: float) -> None:
+    config = tmp_path / "tproxyd.yaml"
+    config.write_text("interception: {interfaces: [lan0]}\n")
+    with (tmp_path / "log").open("wb") as log:
+        process = lab.gateway.popen(
+            [sys.executable, "-P", "-m", "tproxyd", "run", "-c", str(config)], stdout=log, stderr=log
+        )
+        time.sleep(delay_s)
+        process.terminate()
+        assert process.wait(10) in (0, -signal.SIGTERM)
+    eventually(lambda: not lab.gateway.pids(), "all processes have ended")
+    assert "Traceback" not in (tmp_path / "log").read_text()
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_it_serves_and_stops_without_its_standard_files(lab: Gateway, tmp_path: Path, closed: str) -> None:
+    config = tmp_path / "tproxyd.yaml"
+    config.write_text("interception: {interfaces: [lan0]}\n")
+    command = f"exec {sys.executable} -P -m tproxyd run -c {config} {closed}"
+    process = lab.gateway.popen(["sh", "-c", command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    with TcpService(lab.server, lab.server_address(4)) as service:
+
+        def served() -> bool:
+            try:
+                with lab.client.tcp(service.address, timeout_s=0.5) as connection:
+                    return echoed(connection)
+            except OSError:
+                return False
+
+        eventually(served, "it serves", 15)
+    process.terminate()
+    assert process.wait(10) == 0
+
+
+def test_a_log_that_nobody_reads_stops_no_flow(lab: Gateway, tmp_path: Path) -> None:
+    config = tmp_path / "tproxyd.yaml"
+    config.write_text("interception: {interfaces: [lan0]}\nlogging: {flows: true}\nworkers: 1\n")
+    process = lab.gateway.popen(
+        [sys.executable, "-P", "-m", "tproxyd", "run", "-c", str(config)], stderr=subprocess.PIPE, pipesize=4096
+    )
+    assert process.stderr is not None
+    assert b"serving" in process.stderr.readline()
+    with TcpService(lab.server, lab.server_address(4)) as service:
+        for _ in range(200):
+            with lab.client.tcp(service.address) as connection:
+                assert echoed(connection)
+    process.terminate()
+    assert process.wait(10) == 0

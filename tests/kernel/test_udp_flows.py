@@ -334,3 +334,21 @@ def test_odd_datagrams_do_no_harm(lab: Gateway, daemon: DaemonFactory) -> None:
     counters = running.counters()
     assert counters["flow_errors"] == 0
     assert counters["refused_loop"] == 0
+
+
+def test_strangers_cannot_use_up_a_clients_flows(lab: Gateway, daemon: DaemonFactory) -> None:
+    running = daemon(limits={"max_flows": 200, "max_flows_per_client": 20}, timeouts={"udp_idle": "10s"})
+    client, server = bound(lab, "client", 4), bound(lab, "server", 4)
+    client.sendto(b"ask", server.getsockname())
+    _, peer = server.recvfrom(100)
+    for _ in range(150):
+        with bound(lab, "server", 4, host=3) as stranger:
+            stranger.sendto(b"hello", peer)
+    with UdpService(lab.server, lab.server_address(4, 4)) as service:
+        for _ in range(15):
+            other = bound(lab, "client", 4)
+            other.sendto(b"x", service.address)
+            assert other.recv(10) == b"x"
+    counters = running.counters()
+    assert counters["refused_limit"] == 0
+    assert counters["udp_flows"] == 1 + 64 + 15

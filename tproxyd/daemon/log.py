@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import logging
 import os
 import sys
+from contextlib import suppress
 from datetime import UTC, datetime
-from typing import Final
+from queue import Full, Queue
+from threading import Thread
+from typing import Final, TextIO
 
 from tproxyd.flow import FlowEnd
 
 FLOW_LOGGER: Final = "tproxyd.flow"
+
+_QUEUED_LINES: Final = 10_000
+_LAST_WRITE_S: Final = 1.0
 
 _PRIORITY: Final = {logging.DEBUG: 7, logging.INFO: 6, logging.WARNING: 4, logging.ERROR: 3, logging.CRITICAL: 2}
 _flow_log = logging.getLogger(FLOW_LOGGER)
@@ -42,12 +49,51 @@ class _Formatter(logging.Formatter):
         return " | " + " | ".join(self.formatException(record.exc_info).splitlines())
 
 
-def set_up_logging(level: str, form: str) -> None:
+class QueuedHandler(logging.Handler):
+    """Writes lines in a thread of its own: whoever does not read them, or a full disk, stops no flow.
+
+    Lines that find the queue full are dropped and counted.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        """Start the thread; it ends with the process."""
+        super().__init__()
+        self._stream = stream
+        self._lines: Queue[str | None] = Queue(_QUEUED_LINES)
+        self._dropped = 0
+        self._thread = Thread(target=self._write, name="log", daemon=True)
+        self._thread.start()
+        atexit.register(self.finish)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Queue a line."""
+        try:
+            self._lines.put_nowait(self.format(record))
+        except Full:
+            self._dropped += 1
+
+    def finish(self) -> None:
+        """Write what is queued, but wait for no one for long."""
+        with suppress(Full):
+            self._lines.put_nowait(None)
+            self._thread.join(_LAST_WRITE_S)
+
+    def _write(self) -> None:
+        while (line := self._lines.get()) is not None:
+            with suppress(OSError, ValueError):
+                self._stream.write(f"{line}\n")
+                self._stream.flush()
+            if self._dropped and self._lines.empty():
+                dropped, self._dropped = self._dropped, 0
+                logging.getLogger(__name__).warning("%d log lines were dropped: nobody took them in time", dropped)
+
+
+def set_up_logging(level: str, form: str) -> QueuedHandler:
     """Send log lines to standard error, one write a line."""
-    handler = logging.StreamHandler(sys.stderr)
+    handler = QueuedHandler(sys.stderr)
     handler.setFormatter(_Formatter(as_json=form == "json", journald="JOURNAL_STREAM" in os.environ))
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
-    logging.raiseExceptions = False  # a full log disk must not stop a flow
+    return handler
 
 
 def log_flow_end(end: FlowEnd) -> None:

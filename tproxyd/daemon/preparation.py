@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import os
 import pickle
+import signal
 import sys
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Self
+from typing import IO, TYPE_CHECKING, Any, Final, Self
 
 from tproxyd.errors import TproxydError
 from tproxyd.relay.settings import DirectSettings, RelaySettings
@@ -20,6 +21,9 @@ from tproxyd.relay.settings import DirectSettings, RelaySettings
 if TYPE_CHECKING:
     from tproxyd.config import Config
     from tproxyd.netfilter.plan import Ruleset
+
+
+STOP_SIGNALS: Final = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGHUP})
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +118,8 @@ def _child(path: Path, writer: int, go: int) -> None:
         except BaseException as error:  # noqa: BLE001  # a child's border: reported, and the child ends
             answers.write(pickle.dumps(TproxydError(f"internal error: {error!r}")))
             code = 1
-    sys.stderr.flush()
+    with suppress(OSError, AttributeError):
+        sys.stderr.flush()
     os._exit(code)
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 from tproxyd.daemon.log import set_up_logging
-from tproxyd.daemon.preparation import Preparation
+from tproxyd.daemon.preparation import STOP_SIGNALS, Preparation
 from tproxyd.lock import only_one
 
 
@@ -17,6 +18,8 @@ def run(path: Path, *, keep_rules: bool) -> None:
     Raises:
         TproxydError: it could not start.
     """
+    # Until the supervisor listens for them: whoever dies halfway leaves rules without a daemon.
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     with only_one("run", "another tproxyd runs"), Preparation(path) as preparation:
         import uvloop
 

@@ -14,18 +14,21 @@ import socket
 import sys
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from time import monotonic
 from typing import Any, Final
 
 from tproxyd.daemon.notify import notify
-from tproxyd.daemon.preparation import Prepared, share
+from tproxyd.daemon.preparation import STOP_SIGNALS, Prepared, share
 from tproxyd.daemon.worker import MESSAGE_BYTES
-from tproxyd.errors import PermissionDenied, RulesetError, TproxydError
+from tproxyd.errors import PermissionDenied, TproxydError
 from tproxyd.netfilter.plan import LEASE_S
 from tproxyd.relay import sockets
+from tproxyd.relay.counters import Counters
 
 _HEARTBEAT_S: Final = 1.0
 _SILENT_S: Final = 4.0
+_HUNG_S: Final = 10.0
 _READY_S: Final = 15.0
 _STOP_S: Final = 3.0
 _SHORT_LIFE_S: Final = 2.0
@@ -82,14 +85,29 @@ class Slot:
         delay_s = _FIRST_DELAY_S
         while True:
             started = monotonic()
-            code = await self._run_worker()
+            try:
+                end = _how(await self._run_worker())
+            except OSError as error:
+                end = f"could not be started: {error}"
             self.counters = {}
-            if self.failure is not None or self._stopping:
+            if self._stopping or (self.failure is not None and not self.ready.is_set()):
                 self.ready.set()
                 return
             delay_s = _FIRST_DELAY_S if monotonic() - started > _SHORT_LIFE_S else min(2 * delay_s, _LONGEST_DELAY_S)
-            _log.error("worker %d ended (%s): starting another in %.1f s", self.number, _how(code), delay_s)
+            why = self.failure or end
+            self.failure = None
+            _log.error("worker %d ended (%s): starting another in %.1f s", self.number, why, delay_s)
             await asyncio.sleep(delay_s)
+
+    def kill_if_hung(self) -> None:
+        """End a worker that has not answered for long, so that another takes its place."""
+        process = self.process
+        if self._channel is None or process is None or monotonic() - self.heard < _HUNG_S:
+            return
+        _log.error("worker %d has not answered for %.0f s: killed", self.number, _HUNG_S)
+        self.heard = monotonic()
+        with suppress(ProcessLookupError):
+            process.kill()
 
     async def stop(self) -> None:
         """End the worker, in order if it listens."""
@@ -123,8 +141,10 @@ class Slot:
                     *(sys.executable, "-P", "-m", "tproxyd.daemon.worker", str(theirs.fileno()), *arguments),
                     pass_fds=(theirs.fileno(), *(listener.fileno() for _, listener in self._listeners)),
                     stdin=asyncio.subprocess.DEVNULL,
+                    start_new_session=True,  # away from the operator's terminal
                 )
             self._channel = ours
+            self.heard = monotonic()
             loop.add_reader(ours.fileno(), self._on_message, ours)
             try:
                 return await self.process.wait()
@@ -146,15 +166,28 @@ class Slot:
         if not data:
             asyncio.get_running_loop().remove_reader(channel.fileno())
             return False
-        message = json.loads(data)
         self.heard = monotonic()
+        self._take(data)
+        return True
+
+    def _take(self, data: bytes) -> None:
+        """Take a message of the worker's, which is less trusted than we are: what is not understood is dropped."""
+        try:
+            message = json.loads(data)
+        except ValueError:
+            message = None
+        if not isinstance(message, dict):
+            _log.warning("worker %d said what nobody understands", self.number)
+            return
+        counters = message.get("counters")
+        if isinstance(counters, dict):
+            self.counters = {
+                name: value for name in Counters().as_dict() if isinstance(value := counters.get(name), int)
+            }
         if "failed" in message:
             self.failure = str(message["failed"])
-        if "counters" in message:
-            self.counters = message["counters"]
         if message.get("ready"):
             self.ready.set()
-        return True
 
 
 class Supervisor:
@@ -178,6 +211,8 @@ class Supervisor:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stop.set)
         loop.add_signal_handler(signal.SIGUSR1, self._log_counters)
+        loop.add_signal_handler(signal.SIGHUP, _log.warning, "SIGHUP: this version can't reload, restart it")
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
         tasks: list[asyncio.Task[None]] = []
         try:
             self._open_slots()
@@ -222,6 +257,7 @@ class Supervisor:
         while not self._stop.is_set():
             for slot in self._slots:
                 slot.tell({"do": "count"})
+                slot.kill_if_hung()
             try:
                 await asyncio.wait_for(self._stop.wait(), _HEARTBEAT_S)
             except TimeoutError:
@@ -245,7 +281,7 @@ class Supervisor:
         try:
             await asyncio.get_running_loop().run_in_executor(None, _renew_lease, how, self._prepared.versions, lease_s)
             self._lease_lost = False
-        except RulesetError as error:
+        except (TproxydError, OSError) as error:
             if not self._lease_lost and lease_s:
                 _log.error("%s: the gateway is open", error)
             self._lease_lost = True

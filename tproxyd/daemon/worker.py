@@ -124,15 +124,15 @@ def main(arguments: list[str]) -> int:
     settings = RelaySettings.from_json(channel.recv(MESSAGE_BYTES))
     for held in (channel, *(listener for _, listener in listeners)):
         held.setblocking(False)
-    set_up_logging(settings.log_level, settings.log_format)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group: the supervisor decides
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)  # they may go to the whole group: the supervisor decides
     raise_descriptor_limit()
     try:
         drop_to(settings.user)
     except TproxydError as error:
         channel.send(json.dumps({"failed": str(error)}).encode())
         return 1
+    set_up_logging(settings.log_level, settings.log_format)  # its thread must not keep what this one gave up
 
     async def serve() -> None:
         gc.freeze()

@@ -96,7 +96,7 @@ def remove() -> bool:
                 if part.snapshot() is not None:
                     part.restore(None)
                     removed = True
-            except TproxydError as error:
+            except (TproxydError, OSError) as error:
                 errors.append(f"{part.name}: {error}")
     if errors:
         raise RulesetError("; ".join(errors))
@@ -131,7 +131,7 @@ def _go_back(done: list[tuple[Part, object]], error: BaseException) -> None:
     for part, snapshot in reversed(done):
         try:
             part.restore(snapshot)
-        except TproxydError as second:
+        except (TproxydError, OSError) as second:
             failed.append(f"{part.name} could not be brought back ({second})")
     if failed:
         raise RulesetError(f"{error}; and {', '.join(failed)}: run tproxyd remove-rules") from error

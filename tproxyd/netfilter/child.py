@@ -31,7 +31,8 @@ def in_child(function: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) ->
         Exception: what the function raised.
     """
     reading, writing = os.pipe()
-    sys.stderr.flush()
+    if sys.stderr is not None:
+        sys.stderr.flush()
     child = os.fork()
     if not child:
         os.close(reading)

@@ -10,13 +10,15 @@ import os
 import select
 import signal
 import sys
+from time import sleep
 from typing import Final, Self
 
-from tproxyd.errors import RulesetError, TproxydError
+from tproxyd.errors import RulesetError, TproxydError, TryAgain
 from tproxyd.netfilter.apply import Application
 
 _CONFIRMED: Final = b"y"
 _MARGIN_S: Final = 5
+_BUSY_S: Final = 0.5
 
 
 class Trial:
@@ -54,8 +56,21 @@ class Trial:
 def asked_to_keep(seconds: int) -> bool:
     """Ask on standard input; False after `seconds`, at its end, or for any answer but yes."""
     print(f"Applied. Type yes within {seconds} s to keep the rules: ", end="", file=sys.stderr, flush=True)
+    if sys.stdin is None:
+        return False
     readable, _, _ = select.select([sys.stdin], [], [], seconds)
     return bool(readable) and sys.stdin.readline().strip().lower() in ("y", "yes")
+
+
+def _restore(application: Application, snapshots: list[object]) -> None:
+    """Bring the old state back, however long someone else is busy with the rules."""
+    while True:
+        try:
+            application.restore(snapshots)
+        except TryAgain:
+            sleep(_BUSY_S)
+        else:
+            return
 
 
 def _guard(application: Application, snapshots: list[object], reader: int, seconds: int) -> None:
@@ -66,7 +81,7 @@ def _guard(application: Application, snapshots: list[object], reader: int, secon
     try:
         readable, _, _ = select.select([reader], [], [], seconds)
         if not (readable and os.read(reader, 1) == _CONFIRMED):
-            application.restore(snapshots)
+            _restore(application, snapshots)
     except (TproxydError, OSError) as error:
         print(f"tproxyd: error: {error}", file=sys.stderr)
         code = 1

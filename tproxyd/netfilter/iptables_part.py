@@ -156,7 +156,11 @@ def _existing(version: int) -> set[str]:
 @contextmanager
 def _xtables_lock() -> Iterator[None]:
     """Keep iptables(8) and its kin out, as `iptables -w` does."""
-    descriptor = os.open(os.environ.get("XTABLES_LOCKFILE", _LOCK_FILE), os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    path = os.environ.get("XTABLES_LOCKFILE", _LOCK_FILE)
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise RulesetError(f"{path} can't be opened, and iptables is not safe without: {error.strerror}") from error
     try:
         end = time.monotonic() + _LOCK_WAIT_S
         while True:

@@ -123,10 +123,11 @@ def _divert_chain(ruleset: Ruleset) -> list[str]:
 
 def _unless_relayed_answer(ruleset: Ruleset) -> list[str]:
     """A full cone takes datagrams from anyone; not from those whom its client reaches past tproxyd."""
-    lines = []
-    for prefix_set in ruleset.excluded:
-        if prefix_set.field == "destination":
-            lines.append(f"meta l4proto udp {_ADDRESS[prefix_set.version]} saddr @{prefix_set.name} return")
+    lines = [
+        f"meta l4proto udp {_ADDRESS[prefix_set.version]} saddr @{prefix_set.name} return"
+        for prefix_set in ruleset.excluded
+        if prefix_set.field == "destination"
+    ]
     ports = next((each.ports for each in ruleset.intercepts if each.network is Network.UDP), ())
     return [*lines, f"udp sport != {_members(str(port) for port in ports)} return"] if ports else lines
 

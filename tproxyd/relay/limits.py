@@ -13,12 +13,15 @@ class FlowLimits:
         self._by_client: dict[str, int] = {}
         self.total = 0
 
+    def has_room(self, client: str) -> bool:
+        """Tell whether `take` would count a flow of this client in."""
+        return self.total < self._max_flows and self._by_client.get(client, 0) < self._max_per_client
+
     def take(self, client: str) -> bool:
         """Count a new flow of this client address; False, and nothing counted, when it would be one too many."""
-        held = self._by_client.get(client, 0)
-        if self.total >= self._max_flows or held >= self._max_per_client:
+        if not self.has_room(client):
             return False
-        self._by_client[client] = held + 1
+        self._by_client[client] = self._by_client.get(client, 0) + 1
         self.total += 1
         return True
 

@@ -46,6 +46,7 @@ class Direction:
         blocked: the sink is full; nothing is read until it takes more.
         source_lost: the source was found gone while writing to it, which spends the socket's error: what looks
             like EOF from now on is a reset.
+        spliced: bytes have moved by splice.
     """
 
     __slots__ = (
@@ -60,6 +61,7 @@ class Direction:
         "sink",
         "source",
         "source_lost",
+        "spliced",
         "total",
         "urgent",
     )
@@ -79,6 +81,7 @@ class Direction:
         self.eof = False
         self.blocked = False
         self.source_lost = False
+        self.spliced = False
 
     @property
     def empty(self) -> bool:
@@ -152,6 +155,7 @@ class Direction:
         if self._full_reads < _FULL_READS:
             return False
         self._pipe = self._pipes.take()
+        self.spliced = self._pipe is not None
         self._full_reads = 0
         return self._pipe is not None
 

@@ -38,8 +38,13 @@ _RESET_CHECK_S: Final = 0.02
 _READABLE: Final = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR | select.EPOLLPRI
 _FAILED: Final = select.EPOLLERR | select.EPOLLHUP
 _EXHAUSTED: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+_GONE: Final = frozenset({errno.ECONNABORTED, errno.EPROTO, errno.EPERM, errno.EINTR, errno.ETIMEDOUT})
+"""accept(2): the client left before it was accepted, or the firewall said no; the next one may be fine."""
 _UNREACHABLE: Final = frozenset(
-    {errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ENETDOWN, errno.EHOSTDOWN, errno.EACCES, errno.EPERM}
+    {
+        *(errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ENETDOWN, errno.EHOSTDOWN),
+        *(errno.EACCES, errno.EPERM, errno.ENOPROTOOPT, errno.ENONET),
+    }
 )
 
 
@@ -49,9 +54,11 @@ def cause_of_failed_connect(code: int) -> Cause:
         return Cause.REFUSED
     if code == errno.ETIMEDOUT:
         return Cause.TIMED_OUT
+    if code == errno.ECONNRESET:
+        return Cause.SERVER_RESET
     if code in _UNREACHABLE:
         return Cause.UNREACHABLE
-    return Cause.RESOURCES if code in _EXHAUSTED else Cause.ERROR
+    return Cause.RESOURCES if code in {*_EXHAUSTED, errno.EADDRNOTAVAIL} else Cause.ERROR
 
 
 class TcpRelay:
@@ -122,10 +129,10 @@ class TcpRelay:
             except BlockingIOError:
                 return
             except OSError as error:
-                if error.errno in _EXHAUSTED:
-                    self._pause(error)
-                    return
-                continue  # the client was gone before it was accepted (accept(2), ECONNABORTED and its kin)
+                if error.errno in _GONE:
+                    continue
+                self._pause(error)
+                return
             self._take(client_side, Client(peer[0], peer[1]))
             if self._paused:
                 return
@@ -182,6 +189,7 @@ class TcpRelay:
             self.poller.register(fd, self, LEVEL)
 
     def _tick(self) -> None:
+        self._timer = self.loop.call_later(_TICK_S, self._tick)
         now = self.poller.now = monotonic()
         while self.connecting:
             flow, deadline = next(iter(self.connecting.items()))
@@ -193,7 +201,6 @@ class TcpRelay:
             self._next_sweep = now + max(_TICK_S, self._idle_s / _SWEEPS_PER_IDLE)
             for flow in [flow for flow in self.flows if now - flow.last > self._idle_s]:
                 flow.end(Cause.IDLE)
-        self._timer = self.loop.call_later(_TICK_S, self._tick)
 
 
 class TcpFlow:
@@ -255,6 +262,8 @@ class TcpFlow:
 
     def on_event(self, fd: int, events: int) -> None:
         """Take an event of either socket."""
+        if self not in self._relay.flows:
+            return
         self.last = self._relay.poller.now
         from_client = fd == self._client_side.fileno()
         if self.phase is Phase.CONNECT:
@@ -279,7 +288,7 @@ class TcpFlow:
 
     def resume(self) -> None:
         """Go on after a turn that was cut short."""
-        if self._up is None or self._down is None or self._reset_until:
+        if self not in self._relay.flows or self._up is None or self._down is None or self._reset_until:
             return
         for direction in (self._up, self._down):
             if not direction.blocked and not direction.eof and not self._move(direction):
@@ -421,7 +430,7 @@ class TcpFlow:
             FlowEnd(
                 flow=relay.describe(self),
                 decision=self._decision,
-                layer=Layer.SPLICE,
+                layer=Layer.SPLICE if any(d and d.spliced for d in (self._up, self._down)) else Layer.COPY,
                 cause=cause,
                 phase=self.phase,
                 source=source,

@@ -33,6 +33,8 @@ _TICK_S: Final = 1.0
 _LOG_EVERY_S: Final = 10.0
 _RESPONSES_TO_FULL: Final = frozenset({errno.EAGAIN, errno.ENOBUFS, errno.ENOMEM})
 _MAX_ERRORS_READ: Final = 16
+_STRANGERS: Final = 64
+"""Flows that others may begin with one client endpoint (full cone), which would otherwise be theirs to exhaust."""
 _ERROR_SPACE: Final = 512
 
 
@@ -132,7 +134,9 @@ class UdpRelay:
         flow = self._flows.get((server_side.client, source))
         if flow is not None:
             flow.to_client(payload)
-        elif (flow := self._start(server_side, source)) is not None:
+        elif server_side.strangers >= _STRANGERS:
+            self.drop(f"{server_side.client} has {_STRANGERS} flows that others began")
+        elif (flow := self._start(server_side, source, invited=False)) is not None:
             flow.to_client(payload)
             flow.take_early()
 
@@ -144,7 +148,10 @@ class UdpRelay:
         """Free a flow, and its server side with the last flow on it."""
         if self._flows.pop((flow.client, flow.orig_dst), None) is None:
             return
-        self._limits.give_back(flow.client.address)
+        if flow.invited:
+            self._limits.give_back(flow.client.address)
+        else:
+            flow.server_side.strangers -= 1
         self.counters.flows -= 1
         self.counters.bytes_up += flow.bytes_up
         self.counters.bytes_down += flow.bytes_down
@@ -164,6 +171,9 @@ class UdpRelay:
             _log.warning("UDP datagrams are dropped (%d so far): %s", self.counters.udp_dropped, why)
 
     def _open(self, client: Client, orig_dst: OrigDst) -> UdpFlow | None:
+        if not self._limits.has_room(client.address):
+            self.counters.refused_limit += 1
+            return None
         decision = self._policy.decide(Flow(Network.UDP, client, orig_dst, self._listener_name))
         backend = self.backends[decision.backend]
         server_side = self._server_sides.get((decision.backend, client)) if backend.full_cone else None
@@ -180,21 +190,22 @@ class UdpRelay:
             self.poller.close_socket(server_side.sock)
         return flow
 
-    def _start(self, server_side: ServerSide, orig_dst: OrigDst) -> UdpFlow | None:
+    def _start(self, server_side: ServerSide, orig_dst: OrigDst, *, invited: bool = True) -> UdpFlow | None:
+        """Start a flow; one that a stranger began (`invited` is False) never counts against its client's limit."""
         client = server_side.client
-        if not self._limits.take(client.address):
-            self.counters.refused_limit += 1
-            return None
-        flow = UdpFlow(self, server_side, orig_dst)
+        flow = UdpFlow(self, server_side, orig_dst, invited=invited)
         try:
             flow.open()
             if not server_side.flows:
                 self.poller.register(server_side.sock.fileno(), server_side, LEVEL)
         except OSError as error:
             flow.close()
-            self._limits.give_back(client.address)
             self.drop(f"no socket for {client}: {error}")
             return None
+        if invited:
+            self._limits.take(client.address)
+        else:
+            server_side.strangers += 1
         server_side.flows += 1
         if server_side.connected_to is None:
             self._server_sides[server_side.decision.backend, client] = server_side
@@ -231,10 +242,10 @@ class UdpRelay:
         )
 
     def _tick(self) -> None:
+        self._timer = self._loop.call_later(_TICK_S, self._tick)
         now = self.poller.now = monotonic()
         for flow in [flow for flow in self._flows.values() if now - flow.last >= self._idle_s]:
             self.end(flow, Cause.IDLE)
-        self._timer = self._loop.call_later(_TICK_S, self._tick)
 
 
 class ServerSide:
@@ -243,9 +254,10 @@ class ServerSide:
     Attributes:
         connected_to: the one server it talks to (symmetric), or None for anyone (full-cone).
         flows: how many flows use it.
+        strangers: how many of them someone else than the client began.
     """
 
-    __slots__ = ("client", "connected_to", "decision", "flows", "relay", "sock")
+    __slots__ = ("client", "connected_to", "decision", "flows", "relay", "sock", "strangers")
 
     def __init__(
         self, relay: UdpRelay, sock: socket.socket, client: Client, decision: Decision, connected_to: OrigDst | None
@@ -257,6 +269,7 @@ class ServerSide:
         self.decision = decision
         self.connected_to = connected_to
         self.flows = 0
+        self.strangers = 0
 
     def send(self, payload: memoryview, orig_dst: OrigDst) -> None:
         """Send one datagram.
@@ -320,17 +333,19 @@ class UdpFlow:
     """One client endpoint and one original destination.
 
     Attributes:
+        invited: its client began it.
         last: monotonic seconds of its last datagram.
     """
 
-    __slots__ = ("_relay", "_sock", "bytes_down", "bytes_up", "last", "orig_dst", "server_side", "started")
+    __slots__ = ("_relay", "_sock", "bytes_down", "bytes_up", "invited", "last", "orig_dst", "server_side", "started")
 
-    def __init__(self, relay: UdpRelay, server_side: ServerSide, orig_dst: OrigDst) -> None:
+    def __init__(self, relay: UdpRelay, server_side: ServerSide, orig_dst: OrigDst, *, invited: bool) -> None:
         """Make a flow without a client side; `open` adds it."""
         self._relay = relay
         self._sock: socket.socket | None = None
         self.server_side = server_side
         self.orig_dst = orig_dst
+        self.invited = invited
         self.bytes_up = self.bytes_down = 0
         self.started = self.last = relay.poller.now
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
+import os
 
 import pytest
 
-from tproxyd.daemon.log import flow_fields, log_flow_end, set_up_logging
+from tproxyd.daemon.log import QueuedHandler, flow_fields, log_flow_end, set_up_logging
 from tproxyd.flow import Cause, Client, Decision, Endpoint, Flow, FlowEnd, Layer, Network, OrigDst, Phase
 
 END = FlowEnd(
@@ -36,8 +38,9 @@ def written(capsys: pytest.CaptureFixture[str]) -> str:
 
 
 def test_a_flow_ends_as_one_json_object(capsys: pytest.CaptureFixture[str]) -> None:
-    set_up_logging("info", "json")
+    handler = set_up_logging("info", "json")
     log_flow_end(END)
+    handler.finish()
     line = json.loads(written(capsys))
     assert line["logger"] == "tproxyd.flow"
     assert {key: line[key] for key in flow_fields(END)} == flow_fields(END)
@@ -45,25 +48,42 @@ def test_a_flow_ends_as_one_json_object(capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_a_flow_ends_as_one_line_of_text(capsys: pytest.CaptureFixture[str]) -> None:
-    set_up_logging("info", "text")
+    handler = set_up_logging("info", "text")
     log_flow_end(END)
+    handler.finish()
     assert "client=[fd01::2]:4321 orig_dst=198.51.100.7:443" in written(capsys)
 
 
 def test_control_characters_never_reach_the_log(capsys: pytest.CaptureFixture[str]) -> None:
-    set_up_logging("info", "text")
+    handler = set_up_logging("info", "text")
     logging.getLogger("x").warning("name %s", "a\nb\x1b[31m")
+    handler.finish()
     assert "name a\\x0ab\\x1b[31m" in written(capsys)
 
 
 def test_journald_gets_priorities(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JOURNAL_STREAM", "1:2")
-    set_up_logging("info", "text")
+    handler = set_up_logging("info", "text")
     logging.getLogger("x").error("bad")
+    handler.finish()
     assert written(capsys) == "<3>error: bad\n"
 
 
 def test_a_level_hides_what_is_below(capsys: pytest.CaptureFixture[str]) -> None:
-    set_up_logging("warning", "text")
+    handler = set_up_logging("warning", "text")
     log_flow_end(END)
+    handler.finish()
     assert written(capsys) == ""
+
+
+def test_a_reader_that_takes_nothing_stops_no_one() -> None:
+    reader, writer = os.pipe()
+    with os.fdopen(writer, "w") as stream, os.fdopen(reader, "rb"):
+        handler = QueuedHandler(stream)
+        record = logging.makeLogRecord({"msg": "x" * 1000, "levelno": logging.INFO})
+        for _ in range(20_000):
+            handler.emit(record)
+        assert handler._dropped > 0
+        handler._stream = io.StringIO()
+        os.read(reader, 1 << 20)
+        handler.finish()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import logging
 import socket
+from time import monotonic
+from typing import Final
 
 from tproxyd.flow import Client, Endpoint, OrigDst
 from tproxyd.relay import sockets
@@ -12,6 +14,7 @@ from tproxyd.relay.counters import Counters
 from tproxyd.relay.settings import DirectSettings
 
 _log = logging.getLogger(__name__)
+_LOG_EVERY_S: Final = 10.0
 
 
 class Direct:
@@ -23,6 +26,7 @@ class Direct:
         self._source = settings.source
         self._mark = server_mark
         self._counters = counters
+        self._logged_s = -_LOG_EVERY_S
 
     def connect(self, client: Client, orig_dst: OrigDst) -> socket.socket:
         """Begin a TCP connection and return its socket, not yet connected; the caller closes it.
@@ -91,9 +95,13 @@ class Direct:
         return sock
 
     def _note_clash(self, client: Client, orig_dst: Endpoint | None, error: OSError) -> None:
-        """Count and log a taken source port, but for the box's own flows: their port is always taken, by them."""
+        """Count a taken source port and log one now and then; the box's own flows' port is always taken, by them."""
         if sockets.is_local(client.address):
             return
         self._counters.source_port_clashes += 1
+        now = monotonic()
+        if now - self._logged_s < _LOG_EVERY_S:
+            return
+        self._logged_s = now
         towards = f" towards {orig_dst}" if orig_dst else ""
         _log.info("source port of %s is taken%s (%s): the server sees another port", client, towards, error.strerror)
