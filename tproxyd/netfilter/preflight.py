@@ -6,7 +6,7 @@ Sysctls are read of the calling thread's network namespace.
 from __future__ import annotations
 
 from pathlib import Path
-from socket import if_nameindex
+from socket import AF_INET, AF_INET6, if_nameindex
 from typing import Final
 
 from tproxyd.errors import KernelUnsupported, RulesetError
@@ -31,7 +31,7 @@ def check_box(ruleset: Ruleset) -> list[str]:
     warnings = [f"interface {name} does not exist (yet): nothing comes in through it" for name in missing]
     if 4 in ruleset.versions:
         warnings += _source_warnings(ruleset, sorted(present - {"lo"}))
-    return warnings + _bridge_warnings(ruleset)
+    return warnings + _bridge_warnings(ruleset) + _rule_warnings(ruleset)
 
 
 def _source_warnings(ruleset: Ruleset, present: list[str]) -> list[str]:
@@ -76,6 +76,26 @@ def _bridge_warnings(ruleset: Ruleset) -> list[str]:
     if not calling or not _has_bridge():
         return []
     return [f"net.bridge.{name}=1: flows that are only bridged are intercepted, too" for name in calling]
+
+
+def _rule_warnings(ruleset: Ruleset) -> list[str]:
+    """Warn of foreign policy rules before ours that packets from a client interface could match."""
+    from pyroute2 import IPRoute
+
+    found = []
+    with IPRoute() as netlink:
+        for version in ruleset.versions:
+            for message in netlink.get_rules(family={4: AF_INET, 6: AF_INET6}[version]):
+                priority = message.get_attr("FRA_PRIORITY") or 0
+                interface = message.get_attr("FRA_IIFNAME")
+                marked = message.get_attr("FRA_FWMARK")
+                if not 0 < priority < ruleset.rule_priority or marked or interface not in (None, *ruleset.interfaces):
+                    continue
+                found.append(
+                    f"ip -{version} rule {priority} stands before ours: what it matches never reaches tproxyd: "
+                    f"set interception.rule_priority below {priority} if that is not meant"
+                )
+    return found
 
 
 def _has_bridge() -> bool:
