@@ -133,7 +133,7 @@ def _apply_rules(options: argparse.Namespace) -> int:
         return 0
     if options.confirm:
         return _apply_on_trial(application, options.confirm)
-    print("applied" if application.apply() else "nothing to change")
+    print("applied" if application.apply(checked=True) else "nothing to change")
     return 0
 
 
@@ -141,7 +141,7 @@ def _apply_on_trial(application: Application, seconds: int) -> int:
     from tproxyd.netfilter.confirm import Trial, asked_to_keep
 
     with Trial(application, seconds) as trial:
-        if not application.apply():
+        if not application.apply(checked=True):
             trial.confirm()
             print("nothing to change")
             return 0

@@ -133,7 +133,7 @@ def _prepare(path: Path, answers: Any, go: int) -> None:
     warnings = application.check()
     if not os.read(go, 1):
         return  # the start failed: the rules stay as they are
-    application.apply()
+    application.apply(checked=True)
     answers.write(pickle.dumps(warnings))
 
 

@@ -48,15 +48,19 @@ class Application:
         texts += [f"-{part.name}: tproxyd's rules" for part in self._others if part.snapshot() is not None]
         return "\n".join(text for text in texts if text)
 
-    def apply(self) -> bool:
+    def apply(self, *, checked: bool = False) -> bool:
         """Bring the box to the wanted state; return False if it was there already.
+
+        Args:
+            checked: `check` has been called just now.
 
         Raises:
             TproxydError: nothing has changed; where even going back failed, the message says so.
         """
         done: list[tuple[Part, object]] = []
         with _alone():
-            self.check()
+            if not checked:
+                self.check()
             try:
                 for part in self._parts:
                     if part.difference():
