@@ -12,6 +12,8 @@ from tests.lab import Daemon, Gateway, TcpService, UdpService, ask, cli, config,
 
 NETWORKS = pytest.mark.parametrize("network", ["tcp", "udp"])
 FAMILIES = pytest.mark.parametrize("version", [4, 6], ids=["ipv4", "ipv6"])
+FAMILY = {4: socket.AF_INET, 6: socket.AF_INET6}
+IPV6_HDRINCL = 36
 SO_BROADCAST_TO = ("10.1.0.255", "255.255.255.255")
 
 
@@ -89,8 +91,8 @@ def test_ports_that_are_not_named_are_routed(lab: Gateway, daemon, ruleset: str,
     assert flows_taken(running) == 2
 
 
-@pytest.mark.parametrize("version", [4, 6], ids=["ipv4", "ipv6"])
-@pytest.mark.parametrize("network", ["tcp", "udp"])
+@FAMILIES
+@NETWORKS
 @pytest.mark.parametrize("on_failure", ["closed", "open"])
 def test_flows_from_the_other_side_are_routed(
     lab: Gateway, daemon, ruleset: str, network: str, on_failure: str, version: int
@@ -102,6 +104,84 @@ def test_flows_from_the_other_side_are_routed(
         asked = ask(lab.server, network, near.address, timeout_s=0.5)
         assert near.peers == [asked]
     assert flows_taken(running) == 0
+
+
+@FAMILIES
+@pytest.mark.parametrize("why", ["excluded address", "other port", "other port of the same server"])
+def test_what_is_routed_for_a_port_that_is_relayed_too_is_answered_directly(
+    lab: Gateway, daemon, ruleset: str, version: int, why: str
+) -> None:
+    """The client's socket has a full cone on the gateway that would take datagrams from anyone else."""
+    lab.forwarding(True)
+    wanted = {"udp_ports": [5000], "exclude": {"destinations": ["10.2.0.9", "fd02::9"]}}
+    host, port = {"excluded address": (9, 5000), "other port": (3, 5001)}.get(why, (2, 5001))
+    running = daemon(interception={"ruleset": ruleset, **wanted})
+    with (
+        UdpService(lab.server, lab.server_address(version), 5000) as relayed,
+        UdpService(lab.server, lab.server_address(version, host), port) as routed,
+        lab.client.socket(FAMILY[version], socket.SOCK_DGRAM) as asking,
+    ):
+        asking.bind((lab.client_address(version), 0))
+        for number, far in enumerate((relayed, routed, relayed, routed)):
+            asking.sendto(b"%d" % number, far.address)
+            data, peer = asking.recvfrom(16)
+            assert (data, peer[:2]) == (b"%d" % number, far.address)
+        assert {*relayed.peers, *routed.peers} == {asking.getsockname()[:2]}
+        assert running.counters()["udp_flows"] == 1
+    (end,) = running.wait_flow_ends(1)
+    assert end["orig_dst"].endswith(":5000")
+    assert (end["bytes_up"], end["bytes_down"]) == (2, 2)
+
+
+# Packets that claim to come from the box itself
+
+SEEN = """
+table inet watch {
+    chain in {
+        type filter hook input priority filter
+        iifname lan0 ip saddr { 10.1.0.1, 10.2.0.1 } counter
+        iifname lan0 ip6 saddr { fd01::1, fd02::1 } meta l4proto { tcp, udp } counter
+        iifname lan0 meta mark & 0x1 == 0x1 counter
+    }
+}
+"""
+
+
+def send_from(version: int, source: str) -> None:
+    """A SYN and a datagram of a source that need not be the sender's."""
+    from scapy.all import IP, TCP, UDP, IPv6, Raw
+
+    target = {4: "10.2.0.2", 6: "fd02::2"}[version]
+    head = {4: IP, 6: IPv6}[version](src=source, dst=target)
+    with socket.socket(FAMILY[version], socket.SOCK_RAW, socket.IPPROTO_RAW) as raw:
+        if version == 6:
+            raw.setsockopt(socket.IPPROTO_IPV6, IPV6_HDRINCL, 1)
+        for packet in (head / TCP(sport=4000, dport=5000, flags="S"), head / UDP(sport=4000, dport=5000) / Raw(b"x")):
+            raw.sendto(bytes(packet), (target, 0))
+
+
+@FAMILIES
+@pytest.mark.parametrize("on_failure", ["closed", "open"])
+def test_a_client_that_claims_an_address_of_the_box_makes_no_flow(
+    lab: Gateway, daemon, ruleset: str, version: int, on_failure: str
+) -> None:
+    """The kernel itself refuses such IPv4 packets, unless it is told to accept them."""
+    lab.gateway.sysctl("net.ipv4.conf.lan0.accept_local", 1)
+    lab.gateway.nft(SEEN)
+    running = daemon(interception={"ruleset": ruleset, "on_failure": on_failure})
+    with UdpService(lab.server, lab.server_address(version), 5000) as far:
+        for side in ("client", "server"):
+            lab.client.call(send_from, version, lab.gateway_address(version, side))
+        lab.client.call(send_from, version, lab.client_address(version, 5))
+        (end,) = running.wait_flow_ends(1)
+        assert end["client"].strip("[]").startswith(lab.client_address(version, 5)), "the last ones were honest"
+        assert {address for address, _ in far.peers} == {lab.client_address(version, 5)}
+    assert running.counters()["udp_flows"] == 1
+    listing = lab.gateway.run(["nft", "list", "table", "inet", "watch"]).stdout
+    claimed4, claimed6, taken = map(int, re.findall(r"counter packets (\d+)", listing))
+    assert claimed4 + claimed6 == 0
+    assert taken >= 2
+    lab.gateway.nft("delete table inet watch")
 
 
 def test_running_flows_outlive_their_exclusion(lab: Gateway, daemon, ruleset: str) -> None:

@@ -23,7 +23,9 @@ pytestmark = [
 
 FOUR = IpSet("tproxyd_excluded_destination_v4", 4, ("10.0.0.0/8", "192.0.2.1/32"))
 SIX = IpSet("tproxyd_excluded_destination_v6", 6, ("2001:db8::/32", "fe80::/10"))
-LEASE = IpSet("tproxyd_lease_v4", 4, (), timeout=True)
+LEASE = IpSet("tproxyd_lease_v4", 4, (), timeout_s=0)
+INBOUND = IpSet("tproxyd_inbound_v4", 4, (), timeout_s=180, kind="hash:ip,port,ip")
+INBOUND_SIX = IpSet("tproxyd_inbound_v6", 6, (), timeout_s=180, kind="hash:ip,port,ip")
 
 
 @pytest.fixture
@@ -58,6 +60,22 @@ def test_what_is_put_is_read_back_and_shown_by_ipset(namespace: str) -> None:
         "add tproxyd_excluded_destination_v6 2001:db8::/32",
         "add tproxyd_excluded_destination_v6 fe80::/10",
     ]
+
+
+def test_flows_from_the_other_side_are_kept_while_they_last(namespace: str) -> None:
+    inside(namespace, ipset.put, [INBOUND, INBOUND_SIX])
+    run(namespace, "ipset", "add", INBOUND.name, "10.0.0.1,udp:53,192.0.2.1")
+    run(namespace, "ipset", "add", INBOUND_SIX.name, "2001:db8::1,udp:53,2001:db8::2")
+    assert inside(namespace, ipset.read) == (INBOUND, INBOUND_SIX)
+    inside(namespace, ipset.put, [INBOUND, INBOUND_SIX])
+    lines = run(namespace, "ipset", "save").splitlines()
+    assert sorted(line.rpartition(" timeout ")[0] for line in lines if line.startswith("add")) == [
+        "add tproxyd_inbound_v4 10.0.0.1,udp:53,192.0.2.1",
+        "add tproxyd_inbound_v6 2001:db8::1,udp:53,2001:db8::2",
+    ]
+    created = next(line for line in lines if line.startswith(f"create {INBOUND.name}"))
+    assert created.startswith("create tproxyd_inbound_v4 hash:ip,port,ip family inet ")
+    assert " maxelem 65536 timeout 180" in created
 
 
 def test_others_sets_are_neither_read_nor_destroyed(namespace: str) -> None:

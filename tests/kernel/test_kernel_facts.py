@@ -126,7 +126,7 @@ def test_the_original_destination_is_the_name_of_the_socket(lab: Gateway, listen
 def test_socket_transparent_matches_the_listener_unless_wildcards_are_left_out(
     lab: Gateway, listener: socket.socket
 ) -> None:
-    """Why the rules say `socket wildcard 0`: a new flow must not be taken for a running one."""
+    """Why the rules pass over `socket wildcard 1`: a new flow must not be taken for a running one."""
     first = (
         "tcp dport 7000 socket transparent 1 counter\n tcp dport 7000 socket transparent 1 socket wildcard 0 counter"
     )

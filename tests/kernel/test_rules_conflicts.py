@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.lab import Gateway, cli, exact_listings, write_config
+from tests.lab import Gateway, ask, cli, exact_listings, service, write_config
 
 MARKED = "table inet firewall {\n chain mangle {\n type filter hook prerouting priority -150\n %s\n }\n}\n"
 
@@ -82,6 +82,16 @@ OF_ONE_BACK_END = {
         "ipset tproxyd_mine exists and is not tproxyd's",
     ),
 }
+FIREWALL = """
+table inet firewall {
+    chain input {
+        type filter hook input priority filter; policy drop;
+        ct state established,related accept
+        meta mark & 0x1 == 0x1 accept
+        meta l4proto ipv6-icmp accept
+    }
+}
+"""
 HARMLESS = {
     "a mark beside ours": "ip rule add fwmark 0x8/0x8 lookup 100 priority 100",
     "an inverted mark": "ip rule add not fwmark 0x100/0x100 lookup 100 priority 100",
@@ -132,3 +142,20 @@ def test_what_only_looks_like_ours_is_no_conflict(lab: Gateway, tmp_path: Path, 
     if ruleset == "nftables":
         assert exact_listings(lab.gateway) == before
     lab.gateway.run(["sh", "-c", UNDO])
+
+
+@pytest.mark.parametrize("on_failure", ["closed", "open"])
+def test_a_firewall_that_lets_our_mark_in_stands_before_the_daemon(
+    lab: Gateway, daemon, ruleset: str, on_failure: str
+) -> None:
+    """The input chain that the README asks for."""
+    lab.gateway.nft(FIREWALL)
+    running = daemon(interception={"ruleset": ruleset, "on_failure": on_failure})
+    for version in (4, 6):
+        for network in ("tcp", "udp"):
+            with service(lab.server, network, lab.server_address(version)) as far:
+                assert ask(lab.client, network, far.address) in far.peers
+    assert len(running.wait_flow_ends(4)) == 4
+    with service(lab.gateway, "tcp", lab.gateway_address(4)) as own, pytest.raises(TimeoutError):
+        ask(lab.client, "tcp", own.address, timeout_s=0.3)  # the firewall works
+    lab.gateway.nft("delete table inet firewall")

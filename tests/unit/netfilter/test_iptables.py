@@ -5,7 +5,7 @@ import pytest
 from tproxyd.config import Mark, PortRange
 from tproxyd.flow import Network
 from tproxyd.netfilter import iptables
-from tproxyd.netfilter.plan import Intercept, PrefixSet, Ruleset
+from tproxyd.netfilter.plan import INBOUND_S, Intercept, PrefixSet, Ruleset
 
 ALL_PORTS = (PortRange(1, 65535),)
 RULESET = Ruleset(
@@ -43,8 +43,8 @@ def test_known_packets_and_candidates_are_told_apart_before_connection_tracking(
     assert rules(RULESET, 4, "raw", "TPROXYD_RAW") == [
         "-p tcp -m tcp --tcp-flags FIN,SYN,RST,ACK SYN -g TPROXYD_NEW",
         "-m socket --transparent --restore-skmark -m mark --mark 0x4/0x4 -j RETURN",
+        "-p udp -g TPROXYD_NEW",
         "-m socket --transparent -g TPROXYD_CLIENT",
-        "-g TPROXYD_NEW",
     ]
 
 
@@ -60,33 +60,78 @@ def test_a_jump_for_each_client_interface() -> None:
 
 def test_new_flows_are_marked_unless_they_stay_in_the_kernel() -> None:
     assert rules(RULESET, 4, "raw", "TPROXYD_NEW") == [
+        "-m addrtype --src-type LOCAL -j DROP",
         "-m addrtype --dst-type LOCAL,BROADCAST,ANYCAST,MULTICAST -j RETURN",
         "-m set --match-set tproxyd_excluded_destination_v4 dst -j RETURN",
         "-m set --match-set tproxyd_excluded_source_v4 src -j RETURN",
+        "-p udp -m set --match-set tproxyd_inbound_v4 src,src,dst -j RETURN",
         "-p tcp -m tcp --dport 1:65535 -g TPROXYD_CLIENT",
         "-p udp -m udp --dport 1:65535 -g TPROXYD_CLIENT",
     ]
 
 
 def test_ipv6_has_no_broadcast_and_wants_one_rule_for_multicast() -> None:
-    assert rules(RULESET, 6, "raw", "TPROXYD_NEW")[:2] == [
+    assert rules(RULESET, 6, "raw", "TPROXYD_NEW")[1:3] == [
         "-m addrtype --dst-type LOCAL,ANYCAST -j RETURN",
         "-m addrtype --dst-type MULTICAST -j RETURN",
     ]
 
 
-def test_an_open_gateway_wants_a_lease_and_a_syn() -> None:
-    assert rules(replace(RULESET, lease=True), 4, "raw", "TPROXYD_NEW")[3:5] == [
-        "-m set ! --match-set tproxyd_lease_v4 src -j RETURN",
-        "-p tcp -m tcp ! --tcp-flags FIN,SYN,RST,ACK SYN -j RETURN",
+def test_an_open_gateway_wants_a_lease() -> None:
+    assert rules(replace(RULESET, lease=True), 4, "raw", "TPROXYD_NEW")[4] == (
+        "-m set ! --match-set tproxyd_lease_v4 src -j RETURN"
+    )
+
+
+def test_only_a_closed_gateway_takes_connections_that_began_elsewhere() -> None:
+    """They are reset by the listener; those that came from the other side are let be."""
+    lead = "-p tcp -m tcp ! --tcp-flags FIN,SYN,RST,ACK SYN -g TPROXYD_STRAY"
+    assert rules(RULESET, 4, "mangle", "TPROXYD")[-2:] == [f"-i lan0 {lead}", f"-i lan1 {lead}"]
+    assert rules(RULESET, 4, "mangle", "TPROXYD_STRAY") == [
+        "-m conntrack --ctdir REPLY -j RETURN",
+        "-m addrtype --dst-type LOCAL,BROADCAST,ANYCAST,MULTICAST -j RETURN",
+        "-m set --match-set tproxyd_excluded_destination_v4 dst -j RETURN",
+        "-m set --match-set tproxyd_excluded_source_v4 src -j RETURN",
+        "-p tcp -m tcp --dport 1:65535 -g TPROXYD_LISTEN",
+    ]
+    opened = iptables.tables(replace(RULESET, lease=True), 4)
+    assert rules(RULESET, 4, "mangle", "TPROXYD")[:-2] == [iptables.line(r) for r in opened["mangle"].chains["TPROXYD"]]
+    assert "STRAY" not in " ".join(text for name, table in opened.items() for text in iptables.lines(name, table))
+    led = [rule for rule in rules(replace(RULESET, lease=True), 4, "raw", "TPROXYD_RAW") if "-g TPROXYD_NEW" in rule]
+    assert led == ["-p tcp -m tcp --tcp-flags FIN,SYN,RST,ACK SYN -g TPROXYD_NEW", "-p udp -g TPROXYD_NEW"]
+
+
+def test_udp_flows_from_the_other_side_are_remembered_where_udp_is_intercepted() -> None:
+    tables = iptables.tables(RULESET, 4)
+    assert [iptables.line(rule) for rule in tables["mangle"].jumps["FORWARD"]] == ["-j TPROXYD_INBOUND"]
+    assert rules(RULESET, 4, "mangle", "TPROXYD_INBOUND") == [
+        f"-o {name} -p udp -m conntrack --ctdir ORIGINAL -j SET --add-set tproxyd_inbound_v4 dst,dst,src --exist"
+        for name in ("lan0", "lan1")
+    ]
+    (inbound,) = (each for each in iptables.ip_sets(RULESET) if "inbound" in each.name)
+    assert (inbound.version, inbound.kind, inbound.timeout_s) == (4, "hash:ip,port,ip", INBOUND_S)
+    six = iptables.tables(RULESET, 6)
+    assert "INBOUND" not in " ".join(text for name, table in six.items() for text in iptables.lines(name, table))
+
+
+def test_a_full_cone_takes_datagrams_from_intercepted_ports_and_not_from_excluded_addresses() -> None:
+    ports = (PortRange(53, 53), PortRange(1000, 2000))
+    intercepts = (RULESET.intercepts[0], replace(RULESET.intercepts[1], ports=ports))
+    assert rules(replace(RULESET, intercepts=intercepts), 4, "mangle", "TPROXYD_ANSWER") == [
+        "-m set --match-set tproxyd_excluded_destination_v4 src -j RETURN",
+        "-p udp -m multiport --sports 53,1000:2000 -m socket --transparent -g TPROXYD_OURS",
     ]
 
 
 def test_marked_packets_go_to_the_listener_unless_a_socket_has_them_already() -> None:
     syn = "-p tcp -m tcp --tcp-flags FIN,SYN,RST,ACK SYN -m mark --mark 0x1/0x1 -g TPROXYD_LISTEN"
-    assert rules(RULESET, 4, "mangle", "TPROXYD") == [
+    udp = "-p udp -m mark --mark 0x1/0x1 -g TPROXYD_LISTEN"
+    assert rules(replace(RULESET, lease=True), 4, "mangle", "TPROXYD") == [
         f"-i lan0 {syn}",
+        f"-i lan0 {udp}",
         f"-i lan1 {syn}",
+        f"-i lan1 {udp}",
+        "-p udp -g TPROXYD_ANSWER",
         "-m socket --transparent -g TPROXYD_OURS",
         "-i lan0 -m mark --mark 0x1/0x1 -g TPROXYD_LISTEN",
         "-i lan1 -m mark --mark 0x1/0x1 -g TPROXYD_LISTEN",
@@ -103,7 +148,7 @@ def test_marked_packets_go_to_the_listener_unless_a_socket_has_them_already() ->
 
 def test_own_traffic_is_hooked_on_output_and_loopback_only_when_wanted() -> None:
     own = iptables.tables(replace(RULESET, own_traffic=True), 4)["mangle"]
-    assert set(own.jumps) == {"PREROUTING", "OUTPUT"}
+    assert set(own.jumps) == {"PREROUTING", "FORWARD", "OUTPUT"}
     assert rules(replace(RULESET, own_traffic=True), 4, "mangle", "TPROXYD_OWN")[:7] == [
         "-m mark --mark 0x2/0x2 -j RETURN",
         "-m mark --mark 0x4/0x4 -j RETURN",
@@ -114,7 +159,7 @@ def test_own_traffic_is_hooked_on_output_and_loopback_only_when_wanted() -> None
         "-m addrtype --dst-type LOCAL,BROADCAST,ANYCAST,MULTICAST -j RETURN",
     ]
     assert "-i lo" in " ".join(rules(replace(RULESET, own_traffic=True), 4, "mangle", "TPROXYD"))
-    assert set(iptables.tables(RULESET, 4)["mangle"].jumps) == {"PREROUTING"}
+    assert set(iptables.tables(RULESET, 4)["mangle"].jumps) == {"PREROUTING", "FORWARD"}
     assert "-i lo" not in " ".join(rules(RULESET, 4, "mangle", "TPROXYD"))
 
 
@@ -132,13 +177,13 @@ def test_a_family_that_is_left_out_has_no_rules() -> None:
     ],
 )
 def test_ports(ports: list[PortRange], matches: list[str]) -> None:
-    found = rules(with_ports(*ports), 4, "raw", "TPROXYD_NEW")[3:]
+    found = rules(with_ports(*ports), 4, "raw", "TPROXYD_NEW")[4:]
     assert found == [f"-p tcp {match} -g TPROXYD_CLIENT" for match in matches]
 
 
 def test_more_ports_than_one_multiport_holds_are_split_and_none_is_lost() -> None:
     ports = [PortRange(n, n) for n in range(1, 20, 2)] + [PortRange(n, n + 5) for n in range(100, 210, 10)]
-    found = rules(with_ports(*ports), 4, "raw", "TPROXYD_NEW")[3:]
+    found = rules(with_ports(*ports), 4, "raw", "TPROXYD_NEW")[4:]
     held = [rule.split("--dports ")[1].split()[0].split(",") for rule in found]
     assert [port for group in held for port in group] == [str(each).replace("-", ":") for each in ports]
     assert all(sum(2 if ":" in port else 1 for port in group) <= 15 for group in held)
@@ -152,7 +197,7 @@ def test_a_mark_with_a_mask_of_all_bits_is_listed_without_it() -> None:
 
 def test_prefixes_of_length_zero_become_two_halves() -> None:
     everything = (PrefixSet("destination", 4, ("0.0.0.0/0",)), PrefixSet("source", 6, ("::/0",)))
-    four, six = iptables.ip_sets(replace(RULESET, excluded=everything))
+    four, six, _inbound = iptables.ip_sets(replace(RULESET, excluded=everything))
     assert four.prefixes == ("0.0.0.0/1", "128.0.0.0/1")
     assert six.prefixes == ("::/1", "8000::/1")
 
@@ -161,7 +206,7 @@ def test_set_names_fit_the_kernel() -> None:
     fields = [(field, version) for field in ("destination", "source") for version in (4, 6)]
     ruleset = replace(RULESET, lease=True, excluded=tuple(PrefixSet(f, v, ()) for f, v in fields))  # type: ignore[arg-type]
     sets = iptables.ip_sets(ruleset)
-    assert len(sets) == 6
+    assert len(sets) == 7
     assert all(len(ip_set.name) <= 31 for ip_set in sets)
 
 
@@ -169,7 +214,9 @@ def test_rendered_text_has_a_section_for_each_command() -> None:
     text = iptables.render(replace(RULESET, lease=True))
     sections = [line for line in text.splitlines() if line.startswith("#")]
     assert sections == ["# ipset restore", "# iptables-restore --noflush", "# ip6tables-restore --noflush"]
-    assert "create tproxyd_lease_v4 hash:net family inet maxelem 1048576 timeout 0\n" in text
+    assert "create tproxyd_excluded_source_v4 hash:net family inet maxelem 1048576\n" in text
+    assert "create tproxyd_lease_v4 hash:net family inet maxelem 65536 timeout 0\n" in text
+    assert "create tproxyd_inbound_v4 hash:ip,port,ip family inet maxelem 65536 timeout 180\n" in text
     assert "add tproxyd_excluded_destination_v6 ff00::/8\n" in text
     assert text.count("COMMIT\n") == 4
     assert "-I PREROUTING 1 -i lan0 -j TPROXYD_RAW\n-I PREROUTING 2 -i lan1 -j TPROXYD_RAW\n" in text

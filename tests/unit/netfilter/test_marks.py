@@ -133,3 +133,27 @@ def test_a_wider_mask_of_ours_tells_values_apart(monkeypatch: pytest.MonkeyPatch
     marks.check_marks(replace(RULESET, mark=Mark(0x10, 0xF0)))
     with pytest.raises(RulesetError):
         marks.check_marks(replace(RULESET, mark=Mark(0x30, 0xF0)))
+
+
+@pytest.mark.parametrize(
+    ("what", "value", "mask", "key"),
+    [
+        ("matches", 0x1, 0x1, None),
+        ("matches", 0x1, ALL, "mark"),
+        ("matches", 0x3, 0x3, "mark"),
+        ("sets", 0x1, 0x1, "mark"),
+        ("matches", 0x2, 0x2, "client_mark"),
+        ("matches", 0x4, 0x4, "server_mark"),
+    ],
+)
+def test_only_a_match_of_just_our_mark_lets_intercepted_flows_in(
+    what: str, value: int, mask: int, key: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A firewall's input chain asks for it; whoever sets it, or asks for our sockets' marks, is in the way."""
+    monkeypatch.setattr(marks, "_nftables_uses", list)
+    monkeypatch.setattr(marks, "_iptables_uses", lambda: [Use(what, value, mask, "their rule")])
+    if key is None:
+        marks.check_marks(RULESET)
+    else:
+        with pytest.raises(RulesetError, match=rf"set another interception\.{key}$"):
+            marks.check_marks(RULESET)

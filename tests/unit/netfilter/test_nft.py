@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from tproxyd.config import Config, Interception, Mark, PortRange
 from tproxyd.config.model import Exclude
+from tproxyd.flow import Network
 from tproxyd.netfilter import nft
 from tproxyd.netfilter.plan import Ruleset, plan
 
@@ -80,10 +81,56 @@ def test_each_family_is_guarded_by_its_protocol(ruleset: Ruleset) -> None:
 @given(RULESETS)
 def test_closed_has_a_last_word_and_open_a_lease(ruleset: Ruleset) -> None:
     text = block(nft.render(ruleset), "new_flow")
-    assert text.count(" drop") == (0 if ruleset.lease else len(ruleset.intercepts))
+    lines = text.splitlines()
+    drops = [number for number, line in enumerate(lines) if line.endswith(" drop") and "dport" in line]
+    assert len(drops) == (0 if ruleset.lease else len(ruleset.intercepts))
     assert ("!= @lease return" in text) == ruleset.lease
     if not ruleset.lease:
-        assert text.rindex(" tproxy ") < text.index(" drop")
+        assert max(number for number, line in enumerate(lines) if " tproxy " in line) < drops[0]
+
+
+@given(RULESETS)
+def test_a_client_that_claims_an_address_of_the_box_is_dropped_first(ruleset: Ruleset) -> None:
+    text = nft.render(ruleset)
+    assert block(text, "new_flow").splitlines()[0].strip() == "fib saddr type local drop"
+    if ruleset.own_traffic:
+        assert "fib saddr" not in block(text, "own_new_flow"), "the box itself may"
+
+
+@given(RULESETS)
+def test_only_a_closed_gateway_resets_connections_that_began_elsewhere(ruleset: Ruleset) -> None:
+    text = nft.render(ruleset)
+    assert ("\tchain stray {" in text) == ("goto stray" in text) == (not ruleset.lease)
+    if not ruleset.lease:
+        stray = block(text, "stray")
+        assert stray.splitlines()[0].strip() == "ct direction reply return"
+        assert "udp" not in stray
+        assert "notrack" not in stray, "it is tracked already"
+
+
+@given(RULESETS)
+def test_udp_flows_from_the_other_side_are_remembered_and_their_answers_let_be(ruleset: Ruleset) -> None:
+    text = nft.render(ruleset)
+    for version in (4, 6):
+        name = f"inbound_v{version}"
+        wanted = any(each.network is Network.UDP and each.version == version for each in ruleset.intercepts)
+        assert (f"\tset {name} {{" in text) == wanted
+        if wanted:
+            assert f"ct direction original update @{name} " in block(text, "inbound")
+            new = block(text, "new_flow")
+            assert new.index(f"@{name} return") < new.index(" tproxy ")
+
+
+@given(RULESETS)
+def test_a_full_cone_takes_nothing_from_excluded_addresses_or_other_ports(ruleset: Ruleset) -> None:
+    text = block(nft.render(ruleset), "divert")
+    ours = text.index("socket transparent 1 meta mark set")
+    for prefix_set in ruleset.excluded:
+        guard = f"saddr @{prefix_set.name} return"
+        assert (guard in text) == (prefix_set.field == "destination")
+        assert guard not in text[ours:]
+    intercepted = any(each.network is Network.UDP for each in ruleset.intercepts)
+    assert ("udp sport != " in text[:ours]) == intercepted
 
 
 @given(RULESETS)
