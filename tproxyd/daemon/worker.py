@@ -21,6 +21,7 @@ from tproxyd.daemon.privileges import drop_to, raise_descriptor_limit
 from tproxyd.errors import TproxydError
 from tproxyd.policy import Policy
 from tproxyd.relay.backends.direct import Direct
+from tproxyd.relay.context import Context
 from tproxyd.relay.counters import Counters
 from tproxyd.relay.icmp import IcmpSender
 from tproxyd.relay.limits import FlowLimits
@@ -45,22 +46,22 @@ class Worker:
         self._counters = Counters()
         self._poller = Poller(loop, self._counters)
         self._icmp = IcmpSender(settings.client_mark, self._counters)
-        shared: dict[str, Any] = {
-            "loop": loop,
-            "poller": self._poller,
-            "policy": Policy(settings.default),
-            "backends": {
+        context = Context(
+            loop=loop,
+            poller=self._poller,
+            policy=Policy(settings.default),
+            backends={
                 name: Direct(backend, settings.server_mark, self._counters)
                 for name, backend in settings.backends.items()
             },
-            "limits": FlowLimits(settings.max_flows, settings.max_flows_per_client),
-            "counters": self._counters,
-            "icmp_sender": self._icmp,
-            "listener_name": settings.listener,
-            "on_end": log_flow_end if settings.log_flows else None,
-        }
-        self._tcp = TcpRelay(**shared, connect_s=settings.connect_s, idle_s=settings.tcp_idle_s)
-        self._udp = UdpRelay(**shared, idle_s=settings.udp_idle_s, client_mark=settings.client_mark)
+            limits=FlowLimits(settings.max_flows, settings.max_flows_per_client),
+            counters=self._counters,
+            icmp=self._icmp,
+            listener=settings.listener,
+            on_end=log_flow_end if settings.log_flows else None,
+        )
+        self._tcp = TcpRelay(context, connect_s=settings.connect_s, idle_s=settings.tcp_idle_s)
+        self._udp = UdpRelay(context, idle_s=settings.udp_idle_s, client_mark=settings.client_mark)
 
     async def serve(self, listeners: list[tuple[str, socket.socket]]) -> None:
         """Relay until told to stop, or until orphaned and idle."""

@@ -7,23 +7,18 @@ killed process resets its flows too. Only the orderly end, both directions shut 
 
 from __future__ import annotations
 
-import asyncio
 import errno
 import logging
 import select
 import socket
-from collections.abc import Callable
 from time import monotonic
 from typing import Final
 
 from tproxyd.flow import LOOPBACK, Cause, Client, Decision, Flow, FlowEnd, Layer, Network, OrigDst, Phase
-from tproxyd.policy import Policy
 from tproxyd.relay import icmp, sockets
-from tproxyd.relay.backends.direct import Direct
-from tproxyd.relay.counters import Counters
-from tproxyd.relay.limits import FlowLimits
+from tproxyd.relay.context import Context
 from tproxyd.relay.pipes import PipePool
-from tproxyd.relay.poller import LEVEL, Poller
+from tproxyd.relay.poller import LEVEL
 from tproxyd.relay.pump import Direction, SinkReset, SourceReset
 
 _log = logging.getLogger(__name__)
@@ -64,40 +59,20 @@ def cause_of_failed_connect(code: int) -> Cause:
 class TcpRelay:
     """All TCP flows of a worker."""
 
-    def __init__(
-        self,
-        *,
-        loop: asyncio.AbstractEventLoop,
-        poller: Poller,
-        policy: Policy,
-        backends: dict[str, Direct],
-        limits: FlowLimits,
-        counters: Counters,
-        icmp_sender: icmp.IcmpSender,
-        listener_name: str,
-        connect_s: float,
-        idle_s: float,
-        on_end: Callable[[FlowEnd], None] | None,
-    ) -> None:
-        """Args: on_end: told of each flow's end; None where nobody listens."""
-        self.loop = loop
-        self.poller = poller
-        self.policy = policy
-        self.backends = backends
-        self.limits = limits
-        self.counters = counters
-        self.icmp = icmp_sender
+    def __init__(self, context: Context, *, connect_s: float, idle_s: float) -> None:
+        """Args: connect_s, idle_s: how long a flow may take to connect, and be silent."""
+        self.context = context
+        self.poller = context.poller
+        self.counters = context.counters
         self.pipes = PipePool()
-        self.on_end = on_end
         self.flows: set[TcpFlow] = set()
         self.connecting: dict[TcpFlow, float] = {}
-        self._listener_name = listener_name
         self._listeners: dict[int, socket.socket] = {}
         self._paused = False
         self._connect_s = connect_s
         self._idle_s = idle_s
         self._next_sweep = 0.0
-        self._timer = loop.call_later(_TICK_S, self._tick)
+        self._timer = context.loop.call_later(_TICK_S, self._tick)
 
     def listen(self, listener: socket.socket) -> None:
         """Take flows in from a listening socket, which is then owned here."""
@@ -148,23 +123,23 @@ class TcpRelay:
             client_side.close()
             return
         orig_dst = OrigDst(name[0], name[1])
-        seen = Flow(Network.TCP, client, orig_dst, self._listener_name)
+        seen = Flow(Network.TCP, client, orig_dst, self.context.listener)
         flow = TcpFlow(self, client_side, client, orig_dst)
         if orig_dst.address == LOOPBACK[orig_dst.version]:
             self.counters.refused_loop += 1
             flow.refuse(Cause.LOOP)
-        elif not self.limits.take(client.address):
+        elif not self.context.limits.take(client.address):
             self.counters.refused_limit += 1
             flow.refuse(Cause.LIMIT)
         else:
             self.counters.tcp_flows += 1
             self.counters.flows += 1
             self.flows.add(flow)
-            flow.open(self.policy.decide(seen))
+            flow.open(self.context.policy.decide(seen))
 
     def describe(self, flow: TcpFlow) -> Flow:
         """Return the flow as policy saw it."""
-        return Flow(Network.TCP, flow.client, flow.orig_dst, self._listener_name)
+        return Flow(Network.TCP, flow.client, flow.orig_dst, self.context.listener)
 
     def started_connecting(self, flow: TcpFlow) -> None:
         """Bound how long a flow may take to connect."""
@@ -181,7 +156,7 @@ class TcpRelay:
         _log.warning("accepting no TCP flows for %.1f s: %s", _PAUSE_S, error)
         for fd in self._listeners:
             self.poller.unregister(fd)
-        self.loop.call_later(_PAUSE_S, self._resume_accepting)
+        self.context.loop.call_later(_PAUSE_S, self._resume_accepting)
 
     def _resume_accepting(self) -> None:
         self._paused = False
@@ -189,7 +164,7 @@ class TcpRelay:
             self.poller.register(fd, self, LEVEL)
 
     def _tick(self) -> None:
-        self._timer = self.loop.call_later(_TICK_S, self._tick)
+        self._timer = self.context.loop.call_later(_TICK_S, self._tick)
         now = self.poller.now = monotonic()
         while self.connecting:
             flow, deadline = next(iter(self.connecting.items()))
@@ -248,7 +223,7 @@ class TcpFlow:
         self.phase = Phase.CONNECT
         relay = self._relay
         try:
-            self._server_side = relay.backends[decision.backend].connect(self.client, self.orig_dst)
+            self._server_side = relay.context.backends[decision.backend].connect(self.client, self.orig_dst)
             relay.started_connecting(self)
             relay.poller.register(self._server_side.fileno(), self)
             relay.poller.register(self._client_side.fileno(), self)
@@ -305,7 +280,7 @@ class TcpFlow:
             return
         relay.flows.discard(self)
         relay.connecting.pop(self, None)
-        relay.limits.give_back(self.client.address)
+        relay.context.limits.give_back(self.client.address)
         relay.counters.flows -= 1
         self._report(cause)
         for side in (self._client_side, self._server_side):
@@ -374,14 +349,14 @@ class TcpFlow:
         if not self._reset_until:
             self._reset_until = self._relay.poller.now + _RESET_GRACE_S
             self._relay.poller.unregister(incoming.source.fileno())
-            self._relay.loop.call_later(_RESET_CHECK_S, self._flush_before_reset, incoming)
+            self._relay.context.loop.call_later(_RESET_CHECK_S, self._flush_before_reset, incoming)
 
     def _flush_before_reset(self, incoming: Direction) -> None:
         if self not in self._relay.flows:
             return
         waiting = self._flush(incoming) and (not incoming.empty or incoming.unacknowledged() > 0)
         if waiting and monotonic() < self._reset_until:
-            self._relay.loop.call_later(_RESET_CHECK_S, self._flush_before_reset, incoming)
+            self._relay.context.loop.call_later(_RESET_CHECK_S, self._flush_before_reset, incoming)
         else:
             self._end_by_reset(incoming)
 
@@ -402,7 +377,9 @@ class TcpFlow:
         relay.counters.connect_failures += 1
         error = icmp.from_errno(code, self.client.version)
         if error and cause is Cause.UNREACHABLE:
-            relay.icmp.send(error, Network.TCP, self.client, self.orig_dst, payload_bytes=0, now=relay.poller.now)
+            relay.context.icmp.send(
+                error, Network.TCP, self.client, self.orig_dst, payload_bytes=0, now=relay.poller.now
+            )
         self.end(cause)
         relay.pause_if_exhausted(code)
 
@@ -420,13 +397,13 @@ class TcpFlow:
         up, down = (d.total if d else 0 for d in (self._up, self._down))
         relay.counters.bytes_up += up
         relay.counters.bytes_down += down
-        if relay.on_end is None:
+        if relay.context.on_end is None:
             return
         source = None
         if self._server_side is not None and self.phase is Phase.RELAY:
             name = self._server_side.getsockname()
             source = Client(name[0], name[1])
-        relay.on_end(
+        relay.context.on_end(
             FlowEnd(
                 flow=relay.describe(self),
                 decision=self._decision,

@@ -7,22 +7,17 @@ endpoint, which anyone may answer (full-cone), or one connected socket a flow (s
 
 from __future__ import annotations
 
-import asyncio
 import errno
 import logging
 import select
 import socket
-from collections.abc import Callable
 from time import monotonic
 from typing import Final
 
 from tproxyd.flow import LOOPBACK, Cause, Client, Decision, Flow, FlowEnd, Layer, Network, OrigDst, Phase
-from tproxyd.policy import Policy
 from tproxyd.relay import icmp, sockets
-from tproxyd.relay.backends.direct import Direct
-from tproxyd.relay.counters import Counters
-from tproxyd.relay.limits import FlowLimits
-from tproxyd.relay.poller import LEVEL, Poller
+from tproxyd.relay.context import Context
+from tproxyd.relay.poller import LEVEL
 from tproxyd.relay.raw_udp import RawUdpSender
 
 _log = logging.getLogger(__name__)
@@ -41,40 +36,22 @@ _ERROR_SPACE: Final = 512
 class UdpRelay:
     """All UDP flows of a worker."""
 
-    def __init__(
-        self,
-        *,
-        loop: asyncio.AbstractEventLoop,
-        poller: Poller,
-        policy: Policy,
-        backends: dict[str, Direct],
-        limits: FlowLimits,
-        counters: Counters,
-        icmp_sender: icmp.IcmpSender,
-        listener_name: str,
-        idle_s: float,
-        client_mark: int,
-        on_end: Callable[[FlowEnd], None] | None,
-    ) -> None:
-        """Args: on_end: told of each flow's end; None where nobody listens."""
-        self.poller = poller
-        self.backends = backends
-        self.counters = counters
-        self.icmp = icmp_sender
+    def __init__(self, context: Context, *, idle_s: float, client_mark: int) -> None:
+        """Args: idle_s: how long a flow may be silent; client_mark: SO_MARK of client-side sockets."""
+        self.poller = context.poller
+        self.counters = context.counters
+        self.icmp = context.icmp
         self.raw = RawUdpSender(client_mark)
         self.buffer = memoryview(bytearray(_DATAGRAM_BYTES))
         self.client_mark = client_mark
-        self._policy = policy
-        self._limits = limits
-        self._listener_name = listener_name
+        self._context = context
+        self._limits = context.limits
         self._listeners: dict[int, socket.socket] = {}
         self._flows: dict[tuple[Client, OrigDst], UdpFlow] = {}
         self._server_sides: dict[tuple[str, Client], ServerSide] = {}
         self._idle_s = idle_s
-        self._on_end = on_end
         self._logged_s = 0.0
-        self._loop = loop
-        self._timer = loop.call_later(_TICK_S, self._tick)
+        self._timer = context.loop.call_later(_TICK_S, self._tick)
 
     def listen(self, listener: socket.socket) -> None:
         """Take flows in from a listening socket, which is then owned here."""
@@ -174,8 +151,8 @@ class UdpRelay:
         if not self._limits.has_room(client.address):
             self.counters.refused_limit += 1
             return None
-        decision = self._policy.decide(Flow(Network.UDP, client, orig_dst, self._listener_name))
-        backend = self.backends[decision.backend]
+        decision = self._context.policy.decide(Flow(Network.UDP, client, orig_dst, self._context.listener))
+        backend = self._context.backends[decision.backend]
         server_side = self._server_sides.get((decision.backend, client)) if backend.full_cone else None
         if server_side is None:
             try:
@@ -221,15 +198,15 @@ class UdpRelay:
         self.drop(f"no way from {client} to {orig_dst}: {error}")
 
     def _report(self, flow: UdpFlow, cause: Cause) -> None:
-        if self._on_end is None:
+        if self._context.on_end is None:
             return
         try:
             source = sockets.source_towards(flow.server_side.sock, flow.orig_dst)
         except OSError:
             source = None  # no way there any more
-        self._on_end(
+        self._context.on_end(
             FlowEnd(
-                flow=Flow(Network.UDP, flow.client, flow.orig_dst, self._listener_name),
+                flow=Flow(Network.UDP, flow.client, flow.orig_dst, self._context.listener),
                 decision=flow.server_side.decision,
                 layer=Layer.COPY,
                 cause=cause,
@@ -242,7 +219,7 @@ class UdpRelay:
         )
 
     def _tick(self) -> None:
-        self._timer = self._loop.call_later(_TICK_S, self._tick)
+        self._timer = self._context.loop.call_later(_TICK_S, self._tick)
         now = self.poller.now = monotonic()
         for flow in [flow for flow in self._flows.values() if now - flow.last >= self._idle_s]:
             self.end(flow, Cause.IDLE)

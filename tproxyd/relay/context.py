@@ -1,0 +1,35 @@
+"""What the relays of one worker share."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from tproxyd.flow import FlowEnd
+from tproxyd.policy import Policy
+from tproxyd.relay.backends.direct import Direct
+from tproxyd.relay.counters import Counters
+from tproxyd.relay.icmp import IcmpSender
+from tproxyd.relay.limits import FlowLimits
+from tproxyd.relay.poller import Poller
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """Made once a worker.
+
+    Attributes:
+        listener: name of the listener that flows come in by.
+        on_end: told of each flow's end; None where nobody listens.
+    """
+
+    loop: asyncio.AbstractEventLoop
+    poller: Poller
+    policy: Policy
+    backends: dict[str, Direct]
+    limits: FlowLimits
+    counters: Counters
+    icmp: IcmpSender
+    listener: str
+    on_end: Callable[[FlowEnd], None] | None
