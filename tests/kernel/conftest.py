@@ -19,6 +19,9 @@ with warnings.catch_warnings(action="ignore"), contextlib.suppress(ImportError):
 
 DaemonFactory = Callable[..., Daemon]
 
+# The lock of iptables(8) is one for all namespaces: tests that run side by side would wait for each other.
+os.environ["XTABLES_LOCKFILE"] = f"/run/xtables-{os.environ.get('PYTEST_XDIST_WORKER', 'alone')}.lock"
+
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "one_armed: the lab's client, gateway and server on one switch")

@@ -236,3 +236,25 @@ def resident_kb(pid: int) -> int:
     found = re.search(r"VmRSS:\s*(\d+) kB", Path(f"/proc/{pid}/status").read_text())
     assert found is not None
     return int(found[1])
+
+
+def test_a_stray_datagram_of_its_server_cuts_no_relayed_flow(lab: Gateway, daemon, ruleset: str) -> None:
+    """It comes as a flow from the other side would; what the client says to that server stays its own flow."""
+    lab.forwarding(True)
+    running = daemon(
+        interception={"ruleset": ruleset, "udp_ports": [5000]},
+        backends={"direct": {"type": "direct", "source": "gateway", "nat": "symmetric"}},
+        timeouts={"udp_idle": "10s"},
+    )
+    client = lab.client.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    client.bind((lab.client_address(4), 4000))
+    server = lab.server.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    server.bind((lab.server_address(4), 5000))
+    client.sendto(b"one", server.getsockname())
+    data, peer = server.recvfrom(100)
+    assert (data, peer[0]) == (b"one", lab.gateway_address(4, "server"))
+    server.sendto(b"stray", client.getsockname())
+    assert client.recvfrom(100)[0] == b"stray"
+    client.sendto(b"two", server.getsockname())
+    assert server.recvfrom(100) == (b"two", peer)
+    assert running.counters()["udp_flows"] == 1

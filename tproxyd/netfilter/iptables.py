@@ -193,8 +193,9 @@ def _raw(ruleset: Ruleset, version: int) -> Table:
                 *_stays_in_kernel(ruleset, version),
                 *_unless_leased(ruleset, version),
                 *_unless_answer(ruleset, version),
-                *_flows(ruleset, version, {"goto": "TPROXYD_CLIENT"}),
+                {"target": {"goto": "TPROXYD_PORTS"}},
             ],
+            "TPROXYD_PORTS": _flows(ruleset, version, {"goto": "TPROXYD_CLIENT"}),
             "TPROXYD_CLIENT": [{"target": {"CT": {"notrack": ""}}}, _set_mark(ruleset)],
             "TPROXYD_OUT": [
                 {
@@ -239,6 +240,7 @@ def _mangle(ruleset: Ruleset, version: int) -> Table:
             {"in-interface": name, **_UNLESS_SYN, "target": {"goto": "TPROXYD_STRAY"}} for name in ruleset.interfaces
         ]
         table.chains["TPROXYD_STRAY"] = [
+            {"addrtype": {"src-type": "LOCAL"}, "target": "DROP"},
             {"conntrack": {"ctdir": "REPLY"}, "target": "RETURN"},
             *_stays_in_kernel(ruleset, version),
             *_flows(ruleset, version, {"goto": "TPROXYD_LISTEN"}, {Network.TCP}),
@@ -298,8 +300,13 @@ _UNLESS_SYN: Final = {"protocol": "tcp", "tcp": {"tcp-flags": ["!", *_SYN]}, "ta
 
 def _unless_answer(ruleset: Ruleset, version: int) -> list[Rule]:
     """UDP flows that came from the other side: their answers are no new flows, and only raw can say so."""
-    known = {"protocol": "udp", "set": {"match-set": [_inbound_name(version), "src,src,dst"]}, "target": "RETURN"}
-    return [known] if version in _inbound_versions(ruleset) else []
+    if version not in _inbound_versions(ruleset):
+        return []
+    ours = {"socket": _OUR_SOCKET | {"restore-skmark": ""}, "mark": {"mark": _shown(ruleset.client_mark)}}
+    return [
+        {"protocol": "udp", **ours, "target": {"goto": "TPROXYD_PORTS"}},
+        {"protocol": "udp", "set": {"match-set": [_inbound_name(version), "dst,dst,src"]}, "target": "RETURN"},
+    ]
 
 
 def _answers(ruleset: Ruleset, version: int) -> list[Rule]:
@@ -320,7 +327,7 @@ def _remember_inbound(interface: str, version: int) -> Rule:
         "out-interface": interface,
         "protocol": "udp",
         "conntrack": {"ctdir": "ORIGINAL"},
-        "target": {"SET": {"add-set": [_inbound_name(version), "dst,dst,src"], "exist": ""}},
+        "target": {"SET": {"add-set": [_inbound_name(version), "src,src,dst"], "exist": ""}},
     }
 
 

@@ -34,7 +34,10 @@ _NAMES_FILE: Final = {4: "/proc/thread-self/net/ip_tables_names", 6: "/proc/thre
 _LOCK_FILE: Final = "/run/xtables.lock"
 _LOCK_WAIT_S: Final = 5.0
 _LOCK_RETRY_S: Final = 0.05
-_EXTENSIONS: Final = ("addrtype", "conntrack", "multiport", "set", "socket", "CT", "MARK", "TPROXY")
+_EXTENSIONS: Final = (
+    *("addrtype", "conntrack", "connmark", "mark", "multiport", "set", "socket"),
+    *("CONNMARK", "CT", "MARK", "SET", "TPROXY"),
+)
 _SHOWN_PREFIXES: Final = 20
 _NO_TABLES: Final[Tables] = {"mangle": Table({}, {}), "raw": Table({}, {})}
 

@@ -55,7 +55,8 @@ def chains(ruleset: Ruleset) -> dict[str, list[str]]:
     """Return each chain's lines; the first line of a base chain is its hook."""
     found = {
         "intercept": _intercept_chain(ruleset),
-        "new_flow": ["fib saddr type local drop", *_new_flow(ruleset, "notrack ")],
+        "new_flow": _new_flow(ruleset),
+        "to_listener": _to_listener(ruleset, "notrack "),
         "divert": _divert_chain(ruleset),
         "client_side": [
             "type filter hook output priority raw; policy accept;",
@@ -63,7 +64,12 @@ def chains(ruleset: Ruleset) -> dict[str, list[str]]:
         ],
     }
     if not ruleset.lease:
-        found["stray"] = ["ct direction reply return", *_new_flow(ruleset, "", {Network.TCP})]
+        found["stray"] = [
+            "fib saddr type local drop",
+            "ct direction reply return",
+            *_stays_in_kernel(ruleset),
+            *_to_listener(ruleset, networks={Network.TCP}),
+        ]
     if inbound_versions(ruleset):
         found["inbound"] = _inbound_chain(ruleset)
     if ruleset.own_traffic:
@@ -75,7 +81,12 @@ def chains(ruleset: Ruleset) -> dict[str, list[str]]:
             f"{_OUR_SOCKET} accept",
             "goto own_new_flow",
         ]
-        found["own_new_flow"] = _new_flow(ruleset, "")
+        found["own_new_flow"] = [
+            *_stays_in_kernel(ruleset),
+            *_unless_leased(ruleset),
+            *([f"{_NOT_SYN} return"] if ruleset.lease else []),
+            *_to_listener(ruleset),
+        ]
     return found
 
 
@@ -145,21 +156,24 @@ def _inbound_chain(ruleset: Ruleset) -> list[str]:
     ]
 
 
-def _new_flow(ruleset: Ruleset, track: str, networks: AbstractSet[Network] = frozenset(Network)) -> list[str]:
-    """Packets of no socket of ours: what must stay in the kernel, then the listener, then the last word.
+def _new_flow(ruleset: Ruleset) -> list[str]:
+    """What begins a flow, but must stay in the kernel or belongs to one that the other side began."""
+    ours = f"meta l4proto udp {_OUR_SOCKET} {_matches(ruleset.client_mark, 'socket mark')} goto to_listener"
+    return [
+        "fib saddr type local drop",
+        *_stays_in_kernel(ruleset),
+        *_unless_leased(ruleset),
+        *([ours] if inbound_versions(ruleset) else []),
+        *(_answers(version) for version in inbound_versions(ruleset)),
+        "goto to_listener",
+    ]
 
-    A gateway that has just begun to intercept, and may fail open, leaves running connections alone.
-    """
+
+def _to_listener(ruleset: Ruleset, track: str = "", networks: AbstractSet[Network] = frozenset(Network)) -> list[str]:
+    """Hand a packet to the listener; where nothing may go by, drop what finds none."""
     intercepts = [intercept for intercept in ruleset.intercepts if intercept.network in networks]
-    lines = [*_stays_in_kernel(ruleset), *_unless_leased(ruleset)]
-    if ruleset.lease:
-        lines.append(f"{_NOT_SYN} return")
-    if Network.UDP in networks:
-        lines += [_answers(version) for version in inbound_versions(ruleset)]
-    lines += [_tproxy(intercept, track, ruleset.mark) for intercept in intercepts]
-    if not ruleset.lease:
-        lines += [f"{_flows(intercept)} drop" for intercept in intercepts]
-    return lines
+    lines = [_tproxy(intercept, track, ruleset.mark) for intercept in intercepts]
+    return lines if ruleset.lease else [*lines, *(f"{_flows(intercept)} drop" for intercept in intercepts)]
 
 
 def _answers(version: int) -> str:

@@ -39,8 +39,7 @@ class NftPart:
         listing = _listing() if _exists() else ""
         if self._comment(listing) in listing:
             return ""
-        held = _summary(_without_set(listing, _DIGESTS))
-        wanted = _summary(nft.table(self._wanted()))
+        held, wanted = _summary(_stable(listing)), _summary(_stable(nft.table(self._wanted())))
         lines = list(difflib.unified_diff(held, wanted, "nftables now", "nftables wanted", lineterm="", n=1))
         return "\n".join(lines) or "nftables: the table was changed by hand and is written again"
 
@@ -67,10 +66,7 @@ class NftPart:
 
     def _comment(self, listing: str) -> str:
         """The digests of what is asked for and of what the kernel shows, but for sets whose elements come and go."""
-        shown = listing
-        for name in (_DIGESTS, nft.LEASE_SET, *nft.INBOUND_SETS.values()):
-            shown = _without_set(shown, name)
-        return f'comment "{_digest(nft.render(self._wanted()))} {_digest(shown)}"'
+        return f'comment "{_digest(nft.render(self._wanted()))} {_digest(_stable(listing))}"'
 
     def _verify(self) -> None:
         held = libnftables.run_json(f"list table {nft.TABLE}")
@@ -104,6 +100,12 @@ def _is_ours(listing: str) -> bool:
 
 def _listing() -> str:
     return libnftables.run(f"list table {nft.TABLE}", stateless=True)
+
+
+def _stable(listing: str) -> str:
+    for name in (_DIGESTS, nft.LEASE_SET, *nft.INBOUND_SETS.values()):
+        listing = _without_set(listing, name)
+    return listing
 
 
 def _without_set(listing: str, name: str) -> str:

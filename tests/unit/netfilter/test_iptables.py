@@ -64,7 +64,11 @@ def test_new_flows_are_marked_unless_they_stay_in_the_kernel() -> None:
         "-m addrtype --dst-type LOCAL,BROADCAST,ANYCAST,MULTICAST -j RETURN",
         "-m set --match-set tproxyd_excluded_destination_v4 dst -j RETURN",
         "-m set --match-set tproxyd_excluded_source_v4 src -j RETURN",
-        "-p udp -m set --match-set tproxyd_inbound_v4 src,src,dst -j RETURN",
+        "-p udp -m socket --transparent --restore-skmark -m mark --mark 0x2/0x2 -g TPROXYD_PORTS",
+        "-p udp -m set --match-set tproxyd_inbound_v4 dst,dst,src -j RETURN",
+        "-g TPROXYD_PORTS",
+    ]
+    assert rules(RULESET, 4, "raw", "TPROXYD_PORTS") == [
         "-p tcp -m tcp --dport 1:65535 -g TPROXYD_CLIENT",
         "-p udp -m udp --dport 1:65535 -g TPROXYD_CLIENT",
     ]
@@ -88,6 +92,7 @@ def test_only_a_closed_gateway_takes_connections_that_began_elsewhere() -> None:
     lead = "-p tcp -m tcp ! --tcp-flags FIN,SYN,RST,ACK SYN -g TPROXYD_STRAY"
     assert rules(RULESET, 4, "mangle", "TPROXYD")[-2:] == [f"-i lan0 {lead}", f"-i lan1 {lead}"]
     assert rules(RULESET, 4, "mangle", "TPROXYD_STRAY") == [
+        "-m addrtype --src-type LOCAL -j DROP",
         "-m conntrack --ctdir REPLY -j RETURN",
         "-m addrtype --dst-type LOCAL,BROADCAST,ANYCAST,MULTICAST -j RETURN",
         "-m set --match-set tproxyd_excluded_destination_v4 dst -j RETURN",
@@ -105,7 +110,7 @@ def test_udp_flows_from_the_other_side_are_remembered_where_udp_is_intercepted()
     tables = iptables.tables(RULESET, 4)
     assert [iptables.line(rule) for rule in tables["mangle"].jumps["FORWARD"]] == ["-j TPROXYD_INBOUND"]
     assert rules(RULESET, 4, "mangle", "TPROXYD_INBOUND") == [
-        f"-o {name} -p udp -m conntrack --ctdir ORIGINAL -j SET --add-set tproxyd_inbound_v4 dst,dst,src --exist"
+        f"-o {name} -p udp -m conntrack --ctdir ORIGINAL -j SET --add-set tproxyd_inbound_v4 src,src,dst --exist"
         for name in ("lan0", "lan1")
     ]
     (inbound,) = (each for each in iptables.ip_sets(RULESET) if "inbound" in each.name)
@@ -177,13 +182,13 @@ def test_a_family_that_is_left_out_has_no_rules() -> None:
     ],
 )
 def test_ports(ports: list[PortRange], matches: list[str]) -> None:
-    found = rules(with_ports(*ports), 4, "raw", "TPROXYD_NEW")[4:]
+    found = rules(with_ports(*ports), 4, "raw", "TPROXYD_PORTS")
     assert found == [f"-p tcp {match} -g TPROXYD_CLIENT" for match in matches]
 
 
 def test_more_ports_than_one_multiport_holds_are_split_and_none_is_lost() -> None:
     ports = [PortRange(n, n) for n in range(1, 20, 2)] + [PortRange(n, n + 5) for n in range(100, 210, 10)]
-    found = rules(with_ports(*ports), 4, "raw", "TPROXYD_NEW")[4:]
+    found = rules(with_ports(*ports), 4, "raw", "TPROXYD_PORTS")
     held = [rule.split("--dports ")[1].split()[0].split(",") for rule in found]
     assert [port for group in held for port in group] == [str(each).replace("-", ":") for each in ports]
     assert all(sum(2 if ":" in port else 1 for port in group) <= 15 for group in held)
