@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
-from ipaddress import ip_address
 from typing import Final, NamedTuple
 
 
@@ -112,14 +111,3 @@ class FlowEnd:
 
 
 LOOPBACK: Final = {4: "127.0.0.1", 6: "::1"}
-
-
-def canonical(address: str) -> str:
-    """Return the compressed form of an address, v4-mapped IPv6 as IPv4.
-
-    Raises:
-        ValueError: not an address.
-    """
-    parsed = ip_address(address)
-    mapped = getattr(parsed, "ipv4_mapped", None)
-    return str(mapped or parsed)
