@@ -150,7 +150,7 @@ class Daemon:
     def worker_pids(self) -> list[int]:
         """The processes that relay."""
         children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
-        return [int(pid) for pid in children if b"tproxyd.daemon.worker" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        return [pid for pid in map(int, children) if b"tproxyd.daemon.worker" in _command_line(pid)]
 
     def pids(self) -> list[int]:
         """The supervisor and its workers."""
@@ -205,6 +205,13 @@ def _merged(base: dict[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
         held = found.get(key)
         found[key] = _merged(held, value) if isinstance(held, dict) and isinstance(value, Mapping) else value
     return found
+
+
+def _command_line(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""  # gone since it was listed
 
 
 def _alive(pid: int) -> bool:
