@@ -1,3 +1,7 @@
-"""What must be loaded before any test: Mininet replaces the class of all loggers made after it."""
+"""What must be so before any test."""
 
-import tproxyd.daemon.log  # noqa: F401
+import signal
+
+import tproxyd.daemon.log  # noqa: F401  # Mininet replaces the class of all loggers made after it
+
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup hands on that it is ignored, and programs keep to that

@@ -63,7 +63,7 @@ class Slot:
         self._stopping = False
         self._settings = share(prepared.settings, prepared.workers)
         self._channel: socket.socket | None = None
-        self._listeners: list[tuple[str, socket.socket]] = []
+        self._listeners: list[tuple[str, sockets.Socket]] = []
         openers = {"tcp": sockets.tcp_listener, "udp": sockets.udp_listener}
         try:
             for network, address, port in prepared.listen:

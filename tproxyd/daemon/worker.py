@@ -27,6 +27,7 @@ from tproxyd.relay.icmp import IcmpSender
 from tproxyd.relay.limits import FlowLimits
 from tproxyd.relay.poller import Poller
 from tproxyd.relay.settings import RelaySettings
+from tproxyd.relay.sockets import Socket
 from tproxyd.relay.tcp import TcpRelay
 from tproxyd.relay.udp import UdpRelay
 
@@ -63,7 +64,7 @@ class Worker:
         self._tcp = TcpRelay(context, connect_s=settings.connect_s, idle_s=settings.tcp_idle_s)
         self._udp = UdpRelay(context, idle_s=settings.udp_idle_s, client_mark=settings.client_mark)
 
-    async def serve(self, listeners: list[tuple[str, socket.socket]]) -> None:
+    async def serve(self, listeners: list[tuple[str, Socket]]) -> None:
         """Relay until told to stop, or until orphaned and idle."""
         for network, listener in listeners:
             (self._tcp if network == "tcp" else self._udp).listen(listener)
@@ -118,13 +119,14 @@ def main(arguments: list[str]) -> int:
     import uvloop
 
     channel = socket.socket(fileno=int(arguments[0]))
-    listeners = []
+    listeners: list[tuple[str, Socket]] = []
     for argument in arguments[1:]:
         network, _, fd = argument.partition(":")
-        listeners.append((network, socket.socket(fileno=int(fd))))
+        listeners.append((network, Socket(fileno=int(fd))))
     settings = RelaySettings.from_json(channel.recv(MESSAGE_BYTES))
-    for held in (channel, *(listener for _, listener in listeners)):
-        held.setblocking(False)
+    channel.setblocking(False)
+    for _, listener in listeners:
+        listener.setblocking(False)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)  # they may go to the whole group: the supervisor decides
     raise_descriptor_limit()

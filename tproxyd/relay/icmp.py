@@ -94,7 +94,7 @@ class IcmpSender:
         """Args: mark: SO_MARK of the raw sockets, which are opened when first needed."""
         self._mark = mark
         self._counters = counters
-        self._sockets: dict[int, socket.socket] = {}
+        self._sockets: dict[int, sockets.Socket] = {}
         self._second = 0
         self._left = _PER_SECOND
 
@@ -132,7 +132,7 @@ class IcmpSender:
         self._left -= 1
         return self._left >= 0
 
-    def _socket(self, version: int) -> socket.socket:
+    def _socket(self, version: int) -> sockets.Socket:
         if version not in self._sockets:
             protocol = socket.IPPROTO_ICMP if version == 4 else socket.IPPROTO_ICMPV6
             self._sockets[version] = sockets.raw_sender(version, protocol, self._mark)

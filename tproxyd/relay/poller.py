@@ -9,12 +9,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import select
-import socket
 from collections import deque
 from time import monotonic
 from typing import Final, Protocol
 
 from tproxyd.relay.counters import Counters
+from tproxyd.relay.sockets import Socket
 
 EDGE: Final = select.EPOLLIN | select.EPOLLOUT | select.EPOLLRDHUP | select.EPOLLPRI | select.EPOLLET
 LEVEL: Final = select.EPOLLIN
@@ -56,7 +56,7 @@ class Poller:
         self._counters = counters
         self._epoll = select.epoll()
         self._watchers: dict[int, Watcher] = {}
-        self._closing: list[socket.socket] = []
+        self._closing: list[Socket] = []
         self._waiting: deque[Resumable] = deque()
         self.now = monotonic()
         loop.add_reader(self._epoll.fileno(), self._on_ready)
@@ -71,7 +71,7 @@ class Poller:
         if self._watchers.pop(fd, None) is not None:
             self._epoll.unregister(fd)
 
-    def close_socket(self, sock: socket.socket) -> None:
+    def close_socket(self, sock: Socket) -> None:
         """Stop watching a socket and close it after the batch in hand."""
         self._watchers.pop(sock.fileno(), None)
         if not self._closing:

@@ -17,6 +17,7 @@ import termios
 from typing import Final
 
 from tproxyd.relay.pipes import PIPE_BYTES, Pipe, PipePool
+from tproxyd.relay.sockets import Socket
 
 READ_BYTES: Final = 16384
 TURN_BYTES: Final = 4 << 20
@@ -47,6 +48,7 @@ class Direction:
         source_lost: the source was found gone while writing to it, which spends the socket's error: what looks
             like EOF from now on is a reset.
         spliced: bytes have moved by splice.
+        last: the other direction has ended, so closing both sockets says what shutdown would.
     """
 
     __slots__ = (
@@ -58,6 +60,7 @@ class Direction:
         "blocked",
         "eof",
         "hangup",
+        "last",
         "sink",
         "source",
         "source_lost",
@@ -66,7 +69,7 @@ class Direction:
         "urgent",
     )
 
-    def __init__(self, source: socket.socket, sink: socket.socket, pipes: PipePool) -> None:
+    def __init__(self, source: Socket, sink: Socket, pipes: PipePool) -> None:
         """Args: two connected, non-blocking sockets, and where pipes come from."""
         self.source = source
         self.sink = sink
@@ -82,11 +85,46 @@ class Direction:
         self.blocked = False
         self.source_lost = False
         self.spliced = False
+        self.last = False
+
+    @property
+    def calm(self) -> bool:
+        """Nothing is under way but an exchange of small pieces: `pass_on` will do."""
+        return not (
+            self._held or self._pipe or self.hangup or self.urgent or self.eof or self.source_lost or self._reset
+        )
 
     @property
     def empty(self) -> bool:
         """Nothing waits here for the sink."""
         return not self._held and not (self._pipe and self._pipe.held)
+
+    def pass_on(self) -> bool:
+        """Read once and write once, the whole of most requests and answers; False if `run` must go on.
+
+        Only while `calm`. Nothing is raised here: `run` meets again, or was told, what went wrong.
+        """
+        try:
+            data = self.source.recv(READ_BYTES)
+        except BlockingIOError:
+            return True
+        except OSError:
+            self._reset = True  # the socket tells of its error only once
+            return False
+        if not data:
+            return False
+        try:
+            sent = self.sink.send(data)
+        except OSError:
+            sent = 0
+        self.total += sent
+        size = len(data)
+        if sent == size < READ_BYTES:
+            self._full_reads = 0
+            return True
+        self._full_reads += size == READ_BYTES
+        self._held = data[sent:]
+        return False
 
     def run(self) -> bool:
         """Move until the source is drained or the sink is full; False if the turn ended before either.
@@ -290,6 +328,8 @@ class Direction:
             raise SourceReset
         self.eof = True
         self.release()
+        if self.last:
+            return
         try:
             self.sink.shutdown(socket.SHUT_WR)
         except OSError as error:

@@ -37,7 +37,7 @@ class RawUdpSender:
     def __init__(self, mark: int) -> None:
         """Args: mark: SO_MARK of the client side."""
         self._mark = mark
-        self._sockets: dict[int, socket.socket] = {}
+        self._sockets: dict[int, sockets.Socket] = {}
 
     def send(self, source: Endpoint, target: Endpoint, payload: memoryview) -> None:
         """Send one datagram.

@@ -15,6 +15,9 @@ from typing import Final
 
 from tproxyd.flow import Endpoint, OrigDst
 
+Socket = socket.SocketType
+"""The type below `socket.socket`, whose Python wrappers and conversions to enums cost microseconds a flow."""
+
 SOL_IPV6: Final = 41
 IPV6_TRANSPARENT: Final = 75
 IP_RECVORIGDSTADDR: Final = 20
@@ -45,7 +48,7 @@ _NONBLOCKING_STREAM: Final = socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.
 _NONBLOCKING_DATAGRAM: Final = socket.SOCK_DGRAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
 
 
-def tcp_listener(address: str, port: int, mark: int) -> socket.socket:
+def tcp_listener(address: str, port: int, mark: int) -> Socket:
     """Open a TPROXY listener; what it accepts inherits its options, the mark included.
 
     It is bound to a loopback address, so only packets that a TPROXY rule hands over (and this box itself)
@@ -65,7 +68,7 @@ def tcp_listener(address: str, port: int, mark: int) -> socket.socket:
     return listener
 
 
-def udp_listener(address: str, port: int, mark: int) -> socket.socket:
+def udp_listener(address: str, port: int, mark: int) -> Socket:
     """Open the socket that takes the first datagram of each flow, with its original destination beside it."""
     version = Endpoint(address, port).version
     listener = _transparent(version, _NONBLOCKING_DATAGRAM, mark)
@@ -80,7 +83,7 @@ def udp_listener(address: str, port: int, mark: int) -> socket.socket:
     return listener
 
 
-def tcp_server_side(version: int, mark: int, *, transparent: bool) -> socket.socket:
+def tcp_server_side(version: int, mark: int, *, transparent: bool) -> Socket:
     """Open an unbound, non-blocking socket towards a server; a reset unless it is closed in order."""
     sock = _transparent(version, _NONBLOCKING_STREAM, mark, transparent=transparent)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, LINGER_RESET)
@@ -88,21 +91,21 @@ def tcp_server_side(version: int, mark: int, *, transparent: bool) -> socket.soc
     return sock
 
 
-def udp_server_side(version: int, mark: int, *, transparent: bool) -> socket.socket:
+def udp_server_side(version: int, mark: int, *, transparent: bool) -> Socket:
     """Open an unbound datagram socket that queues ICMP errors with what they are about (IP_RECVERR)."""
     sock = _transparent(version, _NONBLOCKING_DATAGRAM, mark, transparent=transparent)
     sock.setsockopt(_LEVEL[version], _RECVERR[version], 1)
     return sock
 
 
-def udp_client_side(version: int, mark: int) -> socket.socket:
+def udp_client_side(version: int, mark: int) -> Socket:
     """Open an unbound datagram socket that will speak as the original destination."""
     sock = _transparent(version, _NONBLOCKING_DATAGRAM, mark)
     sock.setsockopt(_LEVEL[version], _RECVERR[version], 1)
     return sock
 
 
-def raw_sender(version: int, protocol: int, mark: int) -> socket.socket:
+def raw_sender(version: int, protocol: int, mark: int) -> Socket:
     """Open a raw socket that only sends, with whatever source address `sender_address` names.
 
     A raw socket gets a copy of all that the box receives of its protocol; the filter drops it unseen.
@@ -123,7 +126,20 @@ def sender_address(address: str) -> list[tuple[int, int, bytes]]:
     return [(socket.SOL_IP, IP_PKTINFO, info)]
 
 
-def bind_address_only(sock: socket.socket, version: int, address: str) -> None:
+def accept(listener: Socket) -> tuple[Socket, tuple[str, int]]:
+    """Take a connection in, and the address and port of its client.
+
+    Raises:
+        BlockingIOError: none is waiting.
+        OSError: see accept(2).
+    """
+    fd, peer = listener._accept()  # type: ignore[attr-defined]  # noqa: SLF001  # what socket.socket.accept calls
+    sock = Socket(listener.family, socket.SOCK_STREAM, 0, fd)
+    sock.setblocking(False)
+    return sock, peer
+
+
+def bind_address_only(sock: Socket, version: int, address: str) -> None:
     """Bind to an address and leave the port to `connect`, which may share it among destinations."""
     sock.setsockopt(socket.SOL_IP, IP_BIND_ADDRESS_NO_PORT, 1)
     sock.bind((address, 0) if version == 4 else (address, 0, 0, 0))
@@ -140,7 +156,7 @@ def is_local(address: str) -> bool:
     return True
 
 
-def source_towards(sock: socket.socket, peer: Endpoint) -> Endpoint:
+def source_towards(sock: Socket, peer: Endpoint) -> Endpoint:
     """Return the address and port that `peer` sees in what `sock` sends, whether or not it is bound to an address."""
     address, port = sock.getsockname()[:2]
     if address in ("0.0.0.0", "::"):
@@ -164,10 +180,9 @@ def orig_dst_of_datagram(ancillary: list[tuple[int, int, bytes]]) -> OrigDst | N
     return None
 
 
-def _transparent(version: int, kind: int, mark: int, protocol: int = 0, *, transparent: bool = True) -> socket.socket:
-    sock = socket.socket(_FAMILY[version], kind, protocol)
+def _transparent(version: int, kind: int, mark: int, protocol: int = 0, *, transparent: bool = True) -> Socket:
+    sock = Socket(_FAMILY[version], kind, protocol)
     try:
-        sock.setblocking(False)
         if transparent:
             sock.setsockopt(_LEVEL[version], _TRANSPARENT[version], 1)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -31,6 +31,8 @@ _RESET_GRACE_S: Final = 2.0
 _RESET_CHECK_S: Final = 0.02
 
 _READABLE: Final = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR | select.EPOLLPRI
+_CALM: Final = select.EPOLLIN | select.EPOLLOUT
+"""An event that tells of data and of nothing else."""
 _FAILED: Final = select.EPOLLERR | select.EPOLLHUP
 _EXHAUSTED: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 _GONE: Final = frozenset({errno.ECONNABORTED, errno.EPROTO, errno.EPERM, errno.EINTR, errno.ETIMEDOUT})
@@ -67,14 +69,14 @@ class TcpRelay:
         self.pipes = PipePool()
         self.flows: set[TcpFlow] = set()
         self.connecting: dict[TcpFlow, float] = {}
-        self._listeners: dict[int, socket.socket] = {}
+        self._listeners: dict[int, sockets.Socket] = {}
         self._paused = False
         self._connect_s = connect_s
         self._idle_s = idle_s
         self._next_sweep = 0.0
         self._timer = context.loop.call_later(_TICK_S, self._tick)
 
-    def listen(self, listener: socket.socket) -> None:
+    def listen(self, listener: sockets.Socket) -> None:
         """Take flows in from a listening socket, which is then owned here."""
         self._listeners[listener.fileno()] = listener
         self.poller.register(listener.fileno(), self, LEVEL)
@@ -100,7 +102,7 @@ class TcpRelay:
             return
         for _ in range(_ACCEPTS):
             try:
-                client_side, peer = listener.accept()
+                client_side, peer = sockets.accept(listener)
             except BlockingIOError:
                 return
             except OSError as error:
@@ -115,9 +117,8 @@ class TcpRelay:
     def abort(self, error: Exception) -> None:
         """Nothing to end: accepting goes on, `error` has been logged."""
 
-    def _take(self, client_side: socket.socket, client: Client) -> None:
+    def _take(self, client_side: sockets.Socket, client: Client) -> None:
         try:
-            client_side.setblocking(False)
             name = client_side.getsockname()
         except OSError:
             client_side.close()
@@ -187,6 +188,8 @@ class TcpFlow:
     """
 
     __slots__ = (
+        "_calm",
+        "_client_fd",
         "_client_side",
         "_decision",
         "_down",
@@ -202,11 +205,13 @@ class TcpFlow:
         "phase",
     )
 
-    def __init__(self, relay: TcpRelay, client_side: socket.socket, client: Client, orig_dst: OrigDst) -> None:
+    def __init__(self, relay: TcpRelay, client_side: sockets.Socket, client: Client, orig_dst: OrigDst) -> None:
         """Take over an accepted socket."""
         self._relay = relay
         self._client_side = client_side
-        self._server_side: socket.socket | None = None
+        self._client_fd = client_side.fileno()
+        self._server_side: sockets.Socket | None = None
+        self._calm = False
         self._decision: Decision | None = None
         self._up: Direction | None = None
         self._down: Direction | None = None
@@ -226,7 +231,7 @@ class TcpFlow:
             self._server_side = relay.context.backends[decision.backend].connect(self.client, self.orig_dst)
             relay.started_connecting(self)
             relay.poller.register(self._server_side.fileno(), self)
-            relay.poller.register(self._client_side.fileno(), self)
+            relay.poller.register(self._client_fd, self)
         except OSError as error:
             self._fail_to_connect(error.errno or 0)
 
@@ -237,10 +242,19 @@ class TcpFlow:
 
     def on_event(self, fd: int, events: int) -> None:
         """Take an event of either socket."""
+        self.last = self._relay.poller.now
+        from_client = fd == self._client_fd
+        if self._calm:
+            incoming = self._up if from_client else self._down
+            assert incoming is not None  # noqa: S101  # a calm flow has both
+            if events == _CALM and incoming.pass_on():
+                return
+        self._on_event(events, from_client=from_client)
+        self._settle()
+
+    def _on_event(self, events: int, *, from_client: bool) -> None:
         if self not in self._relay.flows:
             return
-        self.last = self._relay.poller.now
-        from_client = fd == self._client_side.fileno()
         if self.phase is Phase.CONNECT:
             self._while_connecting(events, from_client=from_client)
             return
@@ -261,8 +275,17 @@ class TcpFlow:
         elif events & _READABLE and not incoming.blocked and not incoming.eof:
             self._move(incoming)
 
+    def _settle(self) -> None:
+        """Find out whether the next event may take the quick way."""
+        up, down = self._up, self._down
+        self._calm = up is not None and down is not None and up.calm and down.calm and self in self._relay.flows
+
     def resume(self) -> None:
         """Go on after a turn that was cut short."""
+        self._resume()
+        self._settle()
+
+    def _resume(self) -> None:
         if self not in self._relay.flows or self._up is None or self._down is None or self._reset_until:
             return
         for direction in (self._up, self._down):
@@ -304,7 +327,7 @@ class TcpFlow:
         elif events & select.EPOLLOUT:
             self._connected(self._server_side, events)
 
-    def _connected(self, server_side: socket.socket, events: int) -> None:
+    def _connected(self, server_side: sockets.Socket, events: int) -> None:
         relay = self._relay
         relay.connecting.pop(self, None)
         self.phase = Phase.RELAY
@@ -328,9 +351,12 @@ class TcpFlow:
             return self._sink_lost(self._other(direction))
         if not finished:
             self._relay.poller.later(self)
-        elif direction.eof and self._other(direction).eof:
-            self.end(Cause.DONE)
-            return False
+        elif direction.eof:
+            other = self._other(direction)
+            if other.eof:
+                self.end(Cause.DONE)
+                return False
+            other.last = True
         return True
 
     def _sink_lost(self, incoming: Direction) -> bool:

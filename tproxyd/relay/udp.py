@@ -46,14 +46,14 @@ class UdpRelay:
         self.client_mark = client_mark
         self._context = context
         self._limits = context.limits
-        self._listeners: dict[int, socket.socket] = {}
+        self._listeners: dict[int, sockets.Socket] = {}
         self._flows: dict[tuple[Client, OrigDst], UdpFlow] = {}
         self._server_sides: dict[tuple[str, Client], ServerSide] = {}
         self._idle_s = idle_s
         self._logged_s = 0.0
         self._timer = context.loop.call_later(_TICK_S, self._tick)
 
-    def listen(self, listener: socket.socket) -> None:
+    def listen(self, listener: sockets.Socket) -> None:
         """Take flows in from a listening socket, which is then owned here."""
         self._listeners[listener.fileno()] = listener
         self.poller.register(listener.fileno(), self, LEVEL)
@@ -237,7 +237,7 @@ class ServerSide:
     __slots__ = ("client", "connected_to", "decision", "flows", "relay", "sock", "strangers")
 
     def __init__(
-        self, relay: UdpRelay, sock: socket.socket, client: Client, decision: Decision, connected_to: OrigDst | None
+        self, relay: UdpRelay, sock: sockets.Socket, client: Client, decision: Decision, connected_to: OrigDst | None
     ) -> None:
         """Take over an open socket."""
         self.relay = relay
@@ -319,7 +319,7 @@ class UdpFlow:
     def __init__(self, relay: UdpRelay, server_side: ServerSide, orig_dst: OrigDst, *, invited: bool) -> None:
         """Make a flow without a client side; `open` adds it."""
         self._relay = relay
-        self._sock: socket.socket | None = None
+        self._sock: sockets.Socket | None = None
         self.server_side = server_side
         self.orig_dst = orig_dst
         self.invited = invited
@@ -422,7 +422,7 @@ class UdpFlow:
             self._relay.poller.close_socket(self._sock)
             self._sock = None
 
-    def _send(self, sock: socket.socket, payload: memoryview) -> None:
+    def _send(self, sock: sockets.Socket, payload: memoryview) -> None:
         try:
             sock.send(payload)
         except OSError as error:
@@ -430,7 +430,7 @@ class UdpFlow:
                 raise
             sock.send(payload)
 
-    def _pass_errors_on(self, sock: socket.socket) -> bool:
+    def _pass_errors_on(self, sock: sockets.Socket) -> bool:
         """Tell the server what the network said about its datagrams; False if there was nothing to read."""
         relay = self._relay
         found = False
@@ -443,7 +443,7 @@ class UdpFlow:
         return found
 
 
-def read_errors(sock: socket.socket, version: int) -> list[tuple[icmp.IcmpError | None, tuple[str, int], int]]:
+def read_errors(sock: sockets.Socket, version: int) -> list[tuple[icmp.IcmpError | None, tuple[str, int], int]]:
     """Read a socket's error queue (MSG_ERRQUEUE, recv(2)): the error, whom it is about, bytes of the datagram."""
     found: list[tuple[icmp.IcmpError | None, tuple[str, int], int]] = []
     for _ in range(_MAX_ERRORS_READ):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import logging
-import socket
 from time import monotonic
 from typing import Final
 
@@ -28,7 +27,7 @@ class Direct:
         self._counters = counters
         self._logged_s = -_LOG_EVERY_S
 
-    def connect(self, client: Client, orig_dst: OrigDst) -> socket.socket:
+    def connect(self, client: Client, orig_dst: OrigDst) -> sockets.Socket:
         """Begin a TCP connection and return its socket, not yet connected; the caller closes it.
 
         Where someone else holds the client's address and port towards this server, another port is taken.
@@ -45,7 +44,7 @@ class Direct:
                 self._note_clash(client, orig_dst, error)
         return self._connect(client, orig_dst, keep_port=False)
 
-    def open_datagram(self, client: Client, connect_to: OrigDst | None) -> socket.socket:
+    def open_datagram(self, client: Client, connect_to: OrigDst | None) -> sockets.Socket:
         """Open the UDP socket that speaks for a client; the caller closes it.
 
         Args:
@@ -64,7 +63,7 @@ class Direct:
                 self._note_clash(client, connect_to, error)
         return self._open_datagram(client, connect_to, keep_port=False)
 
-    def _connect(self, client: Client, orig_dst: OrigDst, *, keep_port: bool) -> socket.socket:
+    def _connect(self, client: Client, orig_dst: OrigDst, *, keep_port: bool) -> sockets.Socket:
         version = client.version
         sock = sockets.tcp_server_side(version, self._mark, transparent=self._source != "gateway")
         try:
@@ -80,7 +79,7 @@ class Direct:
             raise
         return sock
 
-    def _open_datagram(self, client: Client, connect_to: OrigDst | None, *, keep_port: bool) -> socket.socket:
+    def _open_datagram(self, client: Client, connect_to: OrigDst | None, *, keep_port: bool) -> sockets.Socket:
         sock = sockets.udp_server_side(client.version, self._mark, transparent=self._source != "gateway")
         try:
             if keep_port:
