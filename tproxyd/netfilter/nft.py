@@ -97,7 +97,8 @@ def _intercept_chain(ruleset: Ruleset) -> list[str]:
     listener take over. So does UDP: tproxy looks for connected sockets only, and gives the packet to the one it
     finds; a socket that is being connected in this moment would match, and then not take the packet. A socket's
     mark can be read of full sockets only, so what is not known to be on the server side (half-open, TIME_WAIT)
-    is taken for the client side.
+    is taken for the client side. Nearly all packets are those of running TCP flows, which the mark alone tells:
+    one socket lookup in place of four.
     """
     lines = ["type filter hook prerouting priority raw; policy accept;"]
     if ruleset.own_traffic:
@@ -107,6 +108,7 @@ def _intercept_chain(ruleset: Ruleset) -> list[str]:
         f"iifname != {_interfaces(ruleset)} return",
         f"{_NOT_RELAYED} return",
         f"{_SYN} goto new_flow",
+        f"{_connected(ruleset.client_mark)} notrack {_set(ruleset.mark)} accept",
         f"{_OUR_SOCKET} {_matches(ruleset.server_mark, 'socket mark')} return",
         "meta l4proto udp goto new_flow",
         f"{_FOREIGN_LISTENER} return",
@@ -123,6 +125,7 @@ def _divert_chain(ruleset: Ruleset) -> list[str]:
         "type filter hook prerouting priority mangle + 5; policy accept;",
         f"{_matches(ruleset.mark)} return",
         f"{_NOT_RELAYED} return",
+        f"{_connected(ruleset.server_mark)} {_set(ruleset.mark)} return",
         *_unless_relayed_answer(ruleset),
         f"{_FOREIGN_LISTENER} return",
         f"{_OUR_SOCKET} {_set(ruleset.mark)} return",
@@ -174,6 +177,11 @@ def _to_listener(ruleset: Ruleset, track: str = "", networks: AbstractSet[Networ
     intercepts = [intercept for intercept in ruleset.intercepts if intercept.network in networks]
     lines = [_tproxy(intercept, track, ruleset.mark) for intercept in intercepts]
     return lines if ruleset.lease else [*lines, *(f"{_flows(intercept)} drop" for intercept in intercepts)]
+
+
+def _connected(mark: Mark) -> str:
+    """A TCP packet for a full socket of ours."""
+    return f"meta l4proto tcp {_matches(mark, 'socket mark')}"
 
 
 def _answers(version: int) -> str:
