@@ -230,8 +230,8 @@ class TcpFlow:
         try:
             self._server_side = relay.context.backends[decision.backend].connect(self.client, self.orig_dst)
             relay.started_connecting(self)
+            relay.poller.register(self._client_fd, self)  # first: what it tells is known when the server answers
             relay.poller.register(self._server_side.fileno(), self)
-            relay.poller.register(self._client_fd, self)
         except OSError as error:
             self._fail_to_connect(error.errno or 0)
 
