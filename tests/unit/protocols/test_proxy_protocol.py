@@ -84,8 +84,9 @@ def test_the_longest_line_of_version_1_is_taken_and_a_longer_one_is_not() -> Non
     assert len(longest) == 107
     assert parse(longest) == (Header(1), 107)
     assert parse(longest[:-2]) is None
-    with pytest.raises(RemoteProtocolError, match="within 107 bytes"):
-        parse(b"PROXY UNKNOWN " + b"f" * 92 + b"\r\n")
+    for too_long in (b"PROXY UNKNOWN " + b"f" * 92 + b"\r\n", b"PROXY UNKNOWN " + b"f" * 92 + b"\r"):
+        with pytest.raises(RemoteProtocolError, match="within 107 bytes"):
+            parse(too_long)
 
 
 @pytest.mark.parametrize(
