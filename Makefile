@@ -11,7 +11,7 @@ SUDO   := $(if $(filter 0,$(shell id -u)),,sudo)
 # python-iptables is built from source: gcc and the headers.
 SYSTEM := python3-venv python3-dev gcc libnftables1 nftables iptables ipset iproute2 procps
 TOPOLOGY := mininet bridge-utils iputils-ping ethtool curl bind9-dnsutils dnsmasq-base nginx-light socat tcpdump
-PEERS  := conntrack iperf3 openssh-client openssh-server
+PEERS  := conntrack dante-server haproxy iperf3 microsocks openssh-client openssh-server tinyproxy-bin
 
 .PHONY: demo test lint mininet golden clean system-demo system-test
 demo: system-demo $(VENV)/ready
@@ -36,7 +36,7 @@ golden: $(VENV)/ready
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 
-# Services that come with a package (nginx, sshd) are not started: the tests start their own, in namespaces.
+# Services that come with a package (nginx, sshd, HAProxy, Dante) are not started: the tests start their own, in namespaces.
 define install
 	@missing=$$(for package in $(1); do \
 	  dpkg-query -W -f '$${Status}' $$package 2>/dev/null | grep -q 'ok installed' || echo $$package; done); \

@@ -41,3 +41,15 @@ class RulesetError(TproxydError):
 
 class TryAgain(TproxydError):
     """Something is busy or not there yet; the same command may succeed later."""
+
+
+class ProtocolError(TproxydError):
+    """A dialogue with a proxy or a client of ours can't go on."""
+
+
+class LocalProtocolError(ProtocolError):
+    """We asked a codec for what its protocol can't say, or at the wrong time."""
+
+
+class RemoteProtocolError(ProtocolError):
+    """The peer sent what its protocol doesn't allow, or left too early."""
