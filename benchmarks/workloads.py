@@ -274,8 +274,8 @@ class IdleMemory(Workload):
     once = True
     subjects = _PROXIES
     _WARM: ClassVar = 100
-    _PATIENCE_S: ClassVar = 1.0
-    _TRIES: ClassVar = 5
+    _PATIENCE_S: ClassVar = 0.5
+    _SILENT: ClassVar = 0.02  # of the flows may stay without an answer: V2Ray loses some UDP flows at their beginning
 
     def __init__(self, network: str) -> None:
         """TCP or UDP."""
@@ -294,27 +294,29 @@ class IdleMemory(Workload):
             time.sleep(0.5)
             grown = private_kb(bed.lab.gateway.pids()) - before
         count = self._WARM + scale.idle_flows
-        return Sample({"kb": grown / scale.idle_flows}, flows=count, **{self.network: count})
+        crossed = int(count * (1 - self._SILENT))
+        return Sample({"kb": grown / scale.idle_flows}, flows=crossed, **{self.network: crossed})
 
     def _open(self, bed: Bed, held: ExitStack, count: int) -> None:
         connected = {"tcp": bed.lab.client.tcp, "udp": bed.lab.client.udp}[self.network]
         port, said = {"tcp": (80, _REQUEST), "udp": (ECHO_PORT, b"x" * 64)}[self.network]
+        silent = 0
         for _ in range(count):
             try:
                 flow = held.enter_context(connected((bed.server4, port), timeout_s=self._PATIENCE_S))
-                if not self._answered(flow, said):
-                    raise NoFigure("a flow ended")
+                silent += not _answered(flow, said)
             except OSError as error:
                 raise NoFigure(f"a flow failed: {error}") from None
+            if silent > self._SILENT * count or (silent and self.network == "tcp"):
+                raise NoFigure(f"{silent} flows were not answered")
 
-    def _answered(self, flow: socket.socket, said: bytes) -> bool:
-        for _ in range(self._TRIES if self.network == "udp" else 1):
-            flow.sendall(said)
-            try:
-                return bool(flow.recv(4096))
-            except TimeoutError:
-                continue  # datagrams may be lost
-        raise TimeoutError("no answer")
+
+def _answered(flow: socket.socket, said: bytes) -> bool:
+    flow.sendall(said)
+    try:
+        return bool(flow.recv(4096))
+    except TimeoutError:
+        return False
 
 
 class Growth(Workload):
