@@ -63,6 +63,7 @@ def _about(scale: Scale) -> dict[str, object]:
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "machine": machine(),
         "versions": versions(),
+        "load_before": round(os.getloadavg()[0], 2),
         "rounds": scale.rounds,
         "seconds": scale.seconds,
         "idle_flows": scale.idle_flows,

@@ -13,9 +13,10 @@ from typing import Final
 from benchmarks.results import Results
 from benchmarks.subjects import SUBJECTS
 
-_WIDTH: Final = 860
-_LABELS: Final = 190  # left of the bars
-_FIGURES: Final = 70  # right of them
+_COLUMN: Final = 420
+_BETWEEN: Final = 40  # columns
+_LABELS: Final = 140  # left of the bars
+_FIGURES: Final = 56  # right of them
 _BAR: Final = 13
 _GAP: Final = 10
 _HEAD: Final = 34
@@ -60,40 +61,50 @@ _BULK: Final = [
 _REQUESTS: Final = [
     ("1 connection", "requests-1"),
     ("32 connections", "requests-32"),
-    ("32 connections, IPv6", "requests-32-ipv6"),
+    ("32, IPv6", "requests-32-ipv6"),
     ("256 connections", "requests-256"),
 ]
 _UDP: Final = [("64 bytes", "udp-64"), ("1200 bytes", "udp-1200")]
 _HIGH: Final = "longer is better"
 _LOW: Final = "shorter is better"
-PANELS: Final = (
-    Panel("Bulk TCP, Gbit/s", _HIGH, "gbit_s", 1, _BULK),
-    Panel("Bulk TCP, CPU seconds of the proxy per GB", _LOW, "cpu_s_per_gb", 2, _BULK),
-    Panel("Request/response, requests per second", _HIGH, "rate", 0, _REQUESTS),
-    Panel("Request/response, p99 in µs", _LOW, "p99_us", 0, _REQUESTS),
-    Panel("New connections per second", _HIGH, "rate", 0, [("32 at a time", "connections")]),
-    Panel("UDP, datagrams per second", _HIGH, "pps", 0, _UDP),
-    Panel("UDP ping-pong, p50 in µs", _LOW, "p50_us", 0, [("64 bytes", "udp-ping-pong")]),
-    Panel("Short UDP flows per second", _HIGH, "rate", 0, [("64 at a time", "udp-short-flows")]),
-    Panel("Memory of an idle flow, kB", _LOW, "kb", 1, [("TCP", "memory-tcp"), ("UDP", "memory-udp")]),
+COLUMNS: Final = (
+    (
+        Panel("Bulk TCP, Gbit/s", _HIGH, "gbit_s", 1, _BULK),
+        Panel("Bulk TCP, CPU seconds per GB", _LOW, "cpu_s_per_gb", 2, _BULK),
+        Panel("New connections per second", _HIGH, "rate", 0, [("32 at a time", "connections")]),
+        Panel("Memory of an idle flow, kB", _LOW, "kb", 1, [("TCP", "memory-tcp"), ("UDP", "memory-udp")]),
+    ),
+    (
+        Panel("Requests per second", _HIGH, "rate", 0, _REQUESTS),
+        Panel("Requests, p99 in µs", _LOW, "p99_us", 0, _REQUESTS),
+        Panel("UDP, datagrams per second", _HIGH, "pps", 0, _UDP),
+        Panel("UDP ping-pong, p50 in µs", _LOW, "p50_us", 0, [("64 bytes", "udp-ping-pong")]),
+        Panel("Short UDP flows per second", _HIGH, "rate", 0, [("64 at a time", "udp-short-flows")]),
+    ),
 )
 
 
 def svg(results: Results) -> str:
     """Return the chart; panels without a figure are left out."""
     names = [each.name for each in SUBJECTS if any(subject == each.name for _, subject in results.cells)]
-    body, y = [*_legend(names)], 56
-    for panel in PANELS:
-        lines, height = _panel(panel, results, names, y)
-        body += lines
-        y += height
+    body, bottom = [*_legend(names)], 0
+    for number, panels in enumerate(COLUMNS):
+        body.append(f'<g transform="translate({number * (_COLUMN + _BETWEEN)},0)">')
+        y = 56
+        for panel in panels:
+            lines, height = _panel(panel, results, names, y)
+            body += lines
+            y += height
+        body.append("</g>")
+        bottom = max(bottom, y)
     about = results.about
     source = (
         f"{about['machine']['processor']}, {about['machine']['cores']} cores, Linux {about['machine']['kernel']}; "
-        f"tproxyd {about['versions']['tproxyd']}; medians of {about['rounds']} interleaved rounds"
+        f"tproxyd {about['versions']['tproxyd']}; medians, rounds: {about['rounds']}, interleaved"
     )
-    body.append(_text(0, y + 14, source, "note"))
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {y + 24}" role="img"'
+    body.append(_text(0, bottom + 4, source, "note"))
+    width = len(COLUMNS) * (_COLUMN + _BETWEEN) - _BETWEEN
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {bottom + 14}" role="img"'
     return "\n".join(
         [f'{head} aria-label="tproxyd beside its peers">', f"<style>{_STYLE}</style>", *body, "</svg>", ""]
     )
@@ -120,7 +131,7 @@ def _panel(panel: Panel, results: Results, names: Sequence[str], top: int) -> tu
     if not rows:
         return [], 0
     most = max(value for _, bars in rows for _, value in bars)
-    lines = [_text(0, top, panel.title, "title"), _text(_WIDTH, top, panel.better, "note", anchor="end")]
+    lines = [_text(0, top, panel.title, "title"), _text(_COLUMN, top, panel.better, "note", anchor="end")]
     y = top + 12
     for label, bars in rows:
         lines += _group(label, bars, most, panel.digits, y)
@@ -133,11 +144,11 @@ def _group(label: str, bars: Sequence[tuple[str, float]], most: float, digits: i
     yield _text(_LABELS - 10, top + _BAR * len(bars) / 2 + 4, label, anchor="end")
     for number, (name, value) in enumerate(bars):
         y = top + number * _BAR
-        width = max(1.0, value / most * (_WIDTH - _LABELS - _FIGURES))
+        width = max(1.0, value / most * (_COLUMN - _LABELS - _FIGURES))
         yield (f'<rect x="{_LABELS}" y="{y}" width="{width:.1f}" height="{_BAR - 2}" rx="1" fill="{_COLOURS[name]}"/>')
         yield _text(_LABELS + width + 6, y + 9.5, f"{value:,.{digits}f}", "figure")
 
 
 def _text(x: float, y: float, text: str, style: str = "", anchor: str = "start") -> str:
     shown = f' class="{style}"' if style else ""
-    return f'<text x="{x:g}" y="{y:g}"{shown} text-anchor="{anchor}">{escape(text)}</text>'
+    return f'<text x="{x:.5g}" y="{y:g}"{shown} text-anchor="{anchor}">{escape(text)}</text>'

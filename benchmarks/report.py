@@ -13,6 +13,7 @@ from benchmarks.subjects import SUBJECTS, TproxydBypass
 from benchmarks.targets import Verdict, verdicts
 from benchmarks.workloads import WORKLOADS, Workload
 
+_LOAD: Final = 0.5  # average of a minute, beyond which something else runs
 _WORDS: Final = {True: "reached", False: "MISSED", None: "not measured"}
 
 
@@ -32,13 +33,16 @@ def table(results: Results) -> str:
 
 
 def _about(results: Results) -> str:
-    machine, versions = results.about["machine"], results.about["versions"]
-    return (
-        f"{machine['processor']}, {machine['cores']} cores, {machine['memory_mb'] / 1024:.0f} GB; "
-        f"{machine['system']}, Linux {machine['kernel']}\n"
-        + ", ".join(f"{name} {version}" for name, version in versions.items())
-        + f"\n{results.about['rounds']} rounds of {results.about['seconds']} s, interleaved; medians"
-    )
+    about, machine = results.about, results.about["machine"]
+    hardware = f"{machine['processor']}, {machine['cores']} cores, {machine['memory_mb'] / 1024:.0f} GB"
+    lines = [
+        f"{hardware}; {machine['system']}, Linux {machine['kernel']}",
+        ", ".join(f"{name} {version}" for name, version in about["versions"].items()),
+        f"rounds: {about['rounds']}, interleaved, {about['seconds']} s each; medians",
+    ]
+    if about["load_before"] > _LOAD:
+        lines.append(f"NOT QUIET: the load was {about['load_before']} before it began; these figures say little")
+    return "\n".join(lines)
 
 
 def _medians(results: Results) -> str:

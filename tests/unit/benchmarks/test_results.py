@@ -15,6 +15,7 @@ from benchmarks.targets import verdicts
 ABOUT = {
     "machine": {"processor": "A <fast> one", "cores": 2, "memory_mb": 4096, "kernel": "6.18", "system": "Debian"},
     "versions": {"tproxyd": "0.1.0", "haproxy": "2.6"},
+    "load_before": 0.1,
     "rounds": 3,
     "seconds": 2,
 }
@@ -96,3 +97,10 @@ def test_haproxy_tells_the_sessions_of_its_frontend() -> None:
     assert haproxy_sessions(answer) == 4711
     with pytest.raises(ValueError, match="frontend"):
         haproxy_sessions("# pxname,svname,stot,\n")
+
+
+@pytest.mark.parametrize(("load", "shown"), [(0.4, False), (2.0, True)])
+def test_a_busy_machine_is_named(load: float, shown: bool) -> None:
+    found = results(tproxyd=[1.0])
+    found.about = {**ABOUT, "load_before": load}
+    assert ("NOT QUIET" in table(found)) is shown
