@@ -43,11 +43,6 @@ def private_kb(pids: Iterable[int]) -> int:
     return sum(int(found) for pid in pids for found in _PRIVATE.findall(Path(f"/proc/{pid}/smaps_rollup").read_text()))
 
 
-def descriptors(pids: Iterable[int]) -> int:
-    """Return the number of open files of processes."""
-    return sum(len(os.listdir(f"/proc/{pid}/fd")) for pid in pids)  # noqa: PTH208  # names are enough
-
-
 def machine() -> dict[str, Any]:
     """Return what it runs on: processor, cores, memory, kernel, system."""
     processor = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
