@@ -1,6 +1,7 @@
 # Every target installs what it needs (Debian 12), as root or through sudo.
 #   make demo   the main job in a topology of its own        make test    everything CI runs
 #   make lint   ruff, mypy --strict, import-linter            make mininet the Mininet scenarios
+#   make bench  tproxyd beside its peers (QUICK=1, ONLY=...)  make soak    correctness at speed (SECONDS=300)
 PYTHON ?= /usr/bin/python3
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -12,8 +13,14 @@ SUDO   := $(if $(filter 0,$(shell id -u)),,sudo)
 SYSTEM := python3-venv python3-dev gcc libnftables1 nftables iptables ipset iproute2 procps
 TOPOLOGY := mininet bridge-utils iputils-ping ethtool curl bind9-dnsutils dnsmasq-base nginx-light socat tcpdump
 PEERS  := conntrack dante-server haproxy iperf3 microsocks openssh-client openssh-server tinyproxy-bin
+BENCH  := haproxy iperf3 nginx-light v2ray wrk
+# Of `make bench`: names of workloads, other options (--strict, --chart FILE). Of `make soak`: how long.
+QUICK   ?=
+ONLY    ?=
+OPTIONS ?=
+SECONDS ?= 300
 
-.PHONY: demo test lint mininet golden clean system-demo system-test
+.PHONY: demo test lint mininet bench soak golden clean system-demo system-test system-bench
 demo: system-demo $(VENV)/ready
 	$(SUDO) $(BIN)/python mininet/demo.py
 
@@ -28,6 +35,12 @@ lint: $(VENV)/ready
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+bench: system-bench $(VENV)/ready
+	$(SUDO) $(BIN)/python -m benchmarks $(if $(QUICK),--quick) $(addprefix --only ,$(ONLY)) $(OPTIONS)
+
+soak: system-test $(VENV)/ready
+	$(SUDO) $(BIN)/python -m benchmarks.soak --seconds $(SECONDS)
 
 # The rulesets in rules/ that the tests hold the renderers to, written anew.
 golden: $(VENV)/ready
@@ -53,6 +66,9 @@ system-demo:
 
 system-test:
 	$(call install,$(SYSTEM) $(TOPOLOGY) $(PEERS))
+
+system-bench:
+	$(call install,$(SYSTEM) $(BENCH))
 
 $(VENV)/ready: pyproject.toml | system-demo
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
