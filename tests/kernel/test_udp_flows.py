@@ -180,6 +180,26 @@ def test_many_clients_of_one_server_get_their_own_answers(lab: Gateway, daemon: 
 
 
 @versions
+def test_no_datagram_of_a_burst_goes_out_as_another_clients(lab: Gateway, daemon: DaemonFactory, version: int) -> None:
+    """A datagram may find the socket of another flow while that is between bind and connect."""
+    daemon(workers=2)
+    server = bound(lab, "server", version)
+    mixed_up = []
+    for _ in range(10):
+        clients = [bound(lab, "client", version, host=2 + number % 8) for number in range(200)]
+        said = [str(client.getsockname()[:2]).encode() for client in clients]
+        for client, data in zip(clients, said, strict=True):
+            client.sendto(data, server.getsockname())
+        for _ in clients:
+            data, peer = server.recvfrom(100)
+            if data != str(peer[:2]).encode():
+                mixed_up.append((data, peer))
+        for client in clients:
+            client.close()
+    assert not mixed_up
+
+
+@versions
 def test_one_client_port_talks_to_many_servers(lab: Gateway, daemon: DaemonFactory, version: int) -> None:
     daemon()
     client = bound(lab, "client", version)

@@ -31,6 +31,8 @@ _MAX_ERRORS_READ: Final = 16
 _STRANGERS: Final = 64
 """Flows that others may begin with one client endpoint (full cone), which would otherwise be theirs to exhaust."""
 _ERROR_SPACE: Final = 512
+_YOUNG_S: Final = 1.0
+"""Far longer than a datagram is between the lookup of its socket and that socket's queue."""
 
 
 class UdpRelay:
@@ -355,16 +357,14 @@ class UdpFlow:
         self._sock = sock
 
     def take_early(self) -> None:
-        """Read what arrived between bind and connect: it may be other clients' and goes to their flows."""
-        relay = self._relay
+        """Read what found the socket between bind and connect: it may be other clients' and goes to their flows."""
         for _ in range(_DATAGRAMS):
             if self._sock is None:
                 return
             try:
-                size, peer = self._sock.recvfrom_into(relay.buffer)
+                self._take_anyones(self._sock)
             except OSError:
                 return
-            relay.take(Client(peer[0], peer[1]), self.orig_dst, memoryview(bytes(relay.buffer[:size])))
 
     def on_event(self, fd: int, events: int) -> None:  # noqa: ARG002  # one socket only
         """Take the client's datagrams in."""
@@ -373,19 +373,35 @@ class UdpFlow:
             return
         if events & select.EPOLLERR:
             self._pass_errors_on(sock)
+        young = self._relay.poller.now - self.started < _YOUNG_S
         for _ in range(_DATAGRAMS):
             try:
-                size = sock.recv_into(buffer)
+                if young:
+                    self._take_anyones(sock)
+                else:
+                    self.to_server(buffer[: sock.recv_into(buffer)])
             except BlockingIOError:
                 return
             except OSError:
                 self._pass_errors_on(sock)
-                continue
-            self.to_server(buffer[:size])
 
     def abort(self, error: Exception) -> None:  # noqa: ARG002  # logged by the supervisor of flows
         """End after an unforeseen error."""
         self._relay.end(self, Cause.ERROR)
+
+    def _take_anyones(self, sock: sockets.Socket) -> None:
+        """Read one datagram of whoever sent it; connect(2) throws away nothing that is on its way to the queue.
+
+        Raises:
+            OSError: there was none.
+        """
+        relay = self._relay
+        size, peer = sock.recvfrom_into(relay.buffer)
+        client = Client(peer[0], peer[1])
+        if client == self.client:
+            self.to_server(relay.buffer[:size])
+        else:
+            relay.take(client, self.orig_dst, memoryview(bytes(relay.buffer[:size])))
 
     def to_server(self, payload: memoryview) -> None:
         """Send a datagram of the client on."""
