@@ -215,7 +215,10 @@ def _command_line(pid: int) -> bytes:
 
 
 def _alive(pid: int) -> bool:
+    """Whether it may still hold its sockets: a zombie does as long as one of its threads has not ended."""
+    process = Path(f"/proc/{pid}")
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        zombie = (process / "stat").read_text().rpartition(")")[2].split()[0] == "Z"
+        return not zombie or len(list((process / "task").iterdir())) > 1
     except OSError:
         return False

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -30,6 +32,15 @@ def test_every_problem_of_a_bad_one_is_told(config: Path, capsys: pytest.Capture
     assert all(line.startswith(f"tproxyd: error: {config}:") for line in lines)
 
 
+@pytest.fixture
+def signals() -> Iterator[None]:
+    """`run` blocks signals in this process, and what later tests start would inherit that."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    yield
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@pytest.mark.usefixtures("signals")
 def test_a_missing_file_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", "-c", str(tmp_path / "none.yaml")]) == 78
     assert "none.yaml" in capsys.readouterr().err

@@ -125,11 +125,15 @@ def _child(path: Path, writer: int, go: int) -> None:
 
 def _prepare(path: Path, answers: Any, go: int) -> None:
     from tproxyd.config import load_config
-    from tproxyd.netfilter.apply import Application
+    from tproxyd.netfilter.plan import plan
 
     config = load_config(path)
-    application = Application(config)
-    answers.write(pickle.dumps(summary(config, application.ruleset)))
+    ruleset = plan(config)
+    answers.write(pickle.dumps(summary(config, ruleset)))
+
+    from tproxyd.netfilter.apply import Application  # with all its libraries, while the workers come up
+
+    application = Application(config, ruleset)
     warnings = application.check()
     if not os.read(go, 1):
         return  # the start failed: the rules stay as they are

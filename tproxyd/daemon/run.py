@@ -5,7 +5,6 @@ from __future__ import annotations
 import signal
 from pathlib import Path
 
-from tproxyd.daemon.log import set_up_logging
 from tproxyd.daemon.preparation import STOP_SIGNALS, Preparation
 from tproxyd.lock import only_one
 
@@ -21,14 +20,15 @@ def run(path: Path, *, keep_rules: bool) -> None:
     # Until the supervisor listens for them: whoever dies halfway leaves rules without a daemon.
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     with only_one("run", "another tproxyd runs"), Preparation(path) as preparation:
-        import uvloop
+        import uvloop  # this and what follows loads while the child reads the configuration
+
+        from tproxyd.daemon.log import set_up_logging
+        from tproxyd.daemon.supervisor import Supervisor
 
         prepared = preparation.prepared()
         set_up_logging(prepared.settings.log_level, prepared.settings.log_format)
 
         async def serve() -> None:
-            from tproxyd.daemon.supervisor import Supervisor
-
             await Supervisor(prepared, preparation.rules).run()
 
         try:

@@ -20,11 +20,11 @@ from typing import Any, Final
 
 from tproxyd.daemon.notify import notify
 from tproxyd.daemon.preparation import STOP_SIGNALS, Prepared, share
-from tproxyd.daemon.worker import MESSAGE_BYTES
 from tproxyd.errors import PermissionDenied, TproxydError
 from tproxyd.netfilter.plan import LEASE_S
 from tproxyd.relay import sockets
 from tproxyd.relay.counters import Counters
+from tproxyd.relay.settings import MESSAGE_BYTES
 
 _HEARTBEAT_S: Final = 1.0
 _SILENT_S: Final = 4.0

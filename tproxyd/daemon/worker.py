@@ -26,12 +26,11 @@ from tproxyd.relay.counters import Counters
 from tproxyd.relay.icmp import IcmpSender
 from tproxyd.relay.limits import FlowLimits
 from tproxyd.relay.poller import Poller
-from tproxyd.relay.settings import RelaySettings
+from tproxyd.relay.settings import MESSAGE_BYTES, RelaySettings
 from tproxyd.relay.sockets import Socket
 from tproxyd.relay.tcp import TcpRelay
 from tproxyd.relay.udp import UdpRelay
 
-MESSAGE_BYTES: Final = 1 << 18
 _ORPHAN_CHECK_S: Final = 1.0
 _log = logging.getLogger(__name__)
 

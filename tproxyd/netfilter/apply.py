@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING
 
-from tproxyd.config import Config
 from tproxyd.errors import RulesetError, TproxydError
 from tproxyd.lock import only_one
 from tproxyd.netfilter.marks import check_marks
@@ -17,13 +17,16 @@ from tproxyd.netfilter.part import Part
 from tproxyd.netfilter.plan import Ruleset, plan
 from tproxyd.netfilter.preflight import check_box
 
+if TYPE_CHECKING:
+    from tproxyd.config import Config
+
 
 class Application:
     """The wanted state of the box for one configuration, over all its parts."""
 
-    def __init__(self, config: Config) -> None:
-        """Plan; nothing in the kernel is touched."""
-        self.ruleset = plan(config)
+    def __init__(self, config: Config, ruleset: Ruleset | None = None) -> None:
+        """Plan, unless `ruleset` is the configuration's plan already; nothing in the kernel is touched."""
+        self.ruleset = ruleset or plan(config)
         self._backend = config.interception.ruleset
         self._parts = parts(self.ruleset, self._backend)
         self._others = [part for part in parts(None, None) if type(part) not in {type(p) for p in self._parts}]

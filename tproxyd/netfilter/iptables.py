@@ -12,11 +12,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
-from tproxyd.config import Mark, PortRange
 from tproxyd.flow import Network
 from tproxyd.netfilter.plan import INBOUND_S, Intercept, PrefixSet, Ruleset
+
+if TYPE_CHECKING:
+    from tproxyd.config import Mark, PortRange
 
 Rule = dict[str, Any]
 
@@ -33,7 +35,6 @@ HALVES: Final = {4: ("0.0.0.0/1", "128.0.0.0/1"), 6: ("::/1", "8000::/1")}
 
 _EVERYTHING: Final = {"0.0.0.0/0": HALVES[4], "::/0": HALVES[6]}
 _MULTIPORT_SLOTS: Final = 15
-_ALL_PORTS: Final = PortRange(1, 65535)
 _SYN: Final = ("FIN,SYN,RST,ACK", "SYN")
 _OUR_SOCKET: Final = {"transparent": ""}
 """xt_socket passes over sockets bound to all addresses (as nft's `wildcard 0`) unless `--nowildcard` is given."""

@@ -12,13 +12,14 @@ import difflib
 import fcntl
 import os
 import re
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Concatenate, Final, ParamSpec, TypeVar
 
 from tproxyd.errors import KernelUnsupported, PermissionDenied, RulesetError, TryAgain
 from tproxyd.netfilter import ipset, iptables
@@ -28,6 +29,9 @@ from tproxyd.netfilter.plan import Ruleset
 
 if TYPE_CHECKING:
     import iptc
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 
 _VERSIONS: Final = (4, 6)
 _NAMES_FILE: Final = {4: "/proc/thread-self/net/ip_tables_names", 6: "/proc/thread-self/net/ip6_tables_names"}
@@ -64,7 +68,7 @@ class IptablesPart:
 
     def check(self) -> None:
         """As `Part.check`."""
-        in_child(_check_library)
+        _library()
         ipset.read()
 
     def difference(self) -> str:
@@ -72,13 +76,13 @@ class IptablesPart:
         wanted = self._wanted()
         found = in_child(_set_difference, wanted.sets)
         for version in _VERSIONS:
-            held = in_child(_read_family, version)
+            held = _in_family(_read_family, version)
             found += _table_difference(version, held, wanted.tables[version])
         return "\n".join(found)
 
     def snapshot(self) -> State | None:
         """As `Part.snapshot`."""
-        state = State(ipset.read(), {version: in_child(_read_family, version) for version in _VERSIONS})
+        state = State(ipset.read(), {version: _in_family(_read_family, version) for version in _VERSIONS})
         return None if state == _NOTHING else state
 
     def write(self) -> None:
@@ -115,7 +119,7 @@ def _replace(state: State) -> None:
     in_child(ipset.put, state.sets)
     with _xtables_lock():
         for version in _VERSIONS:
-            in_child(_write_family, version, state.tables[version])
+            _in_family(_write_family, version, state.tables[version])
     ipset.keep_only(state.sets)
     if found := in_child(_set_difference, state.sets):
         raise RulesetError(f"ipsets differ after writing them: {found[-1]}")
@@ -178,6 +182,46 @@ def _xtables_lock() -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def _in_family(function: Callable[Concatenate[int, _P], _T], version: int, *args: _P.args, **kwargs: _P.kwargs) -> _T:
+    """Work on a family in a child of its own; the library is imported before, once for all of them."""
+    if _existing(version) & _NO_TABLES.keys():
+        _library()
+    return in_child(function, version, *args, **kwargs)
+
+
+def _library() -> Any:
+    """Import python-iptables; it must not create the tables that we don't need while it looks for chains."""
+    try:
+        with _short_cuts():
+            import iptc
+    except ImportError as error:
+        raise KernelUnsupported(
+            "python-iptables is not installed: pip install tproxyd[iptables], or set interception.ruleset: nftables"
+        ) from error
+    iptc.Table.ALL = iptc.Table6.ALL = list(_NO_TABLES)
+    return iptc
+
+
+@contextmanager
+def _short_cuts() -> Iterator[None]:
+    """Spare python-iptables' import what would take four fifths of its time.
+
+    It wants one path of distutils, in whose place setuptools puts all of itself, but does without; and it has ld and
+    gcc look for the library that lies beside it, unless it is told where.
+    """
+    found = find_spec("iptc")
+    if found is not None and found.origin is not None:
+        os.environ.setdefault("IPTABLES_LIBDIR", str(Path(found.origin).parents[1]))
+    halted = "distutils.sysconfig" not in sys.modules
+    if halted:
+        sys.modules["distutils.sysconfig"] = None  # type: ignore[assignment]  # to import it fails now
+    try:
+        yield
+    finally:
+        if halted:
+            del sys.modules["distutils.sysconfig"]
 
 
 # What follows runs in a child: one address family each.
@@ -292,22 +336,6 @@ def _compare(what: str, held: Table, wanted: Table) -> None:
 def _open(version: int, name: str) -> iptc.Table:
     iptc = _library()
     return (iptc.Table if version == 4 else iptc.Table6)(name, autocommit=False)
-
-
-def _check_library() -> None:
-    _library()
-
-
-def _library() -> Any:
-    """Import python-iptables; it must not create the tables that we don't need while it looks for chains."""
-    try:
-        import iptc
-    except ImportError as error:
-        raise KernelUnsupported(
-            "python-iptables is not installed: pip install tproxyd[iptables], or set interception.ruleset: nftables"
-        ) from error
-    iptc.Table.ALL = iptc.Table6.ALL = list(_NO_TABLES)
-    return iptc
 
 
 @contextmanager

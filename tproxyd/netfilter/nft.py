@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from collections.abc import Set as AbstractSet
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-from tproxyd.config import Mark
 from tproxyd.flow import Network
 from tproxyd.netfilter.plan import INBOUND_S, Intercept, PrefixSet, Ruleset
+
+if TYPE_CHECKING:
+    from tproxyd.config import Mark
 
 TABLE: Final = "inet tproxyd"
 OWNER_COMMENT: Final = "managed by tproxyd"

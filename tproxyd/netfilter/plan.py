@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from ipaddress import IPv4Network, IPv6Network, collapse_addresses, ip_network
-from typing import Final, Literal
+from typing import TYPE_CHECKING, Final, Literal
 
-from tproxyd.config import Config, Mark, PortRange
 from tproxyd.flow import Network
+
+if TYPE_CHECKING:  # who only removes rules, or renews a lease, needs no pydantic
+    from tproxyd.config import Config, Mark, PortRange
 
 Prefix = IPv4Network | IPv6Network
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
-from typing import Literal, Self
+from typing import Final, Literal, Self
 
 Source = Literal["four-tuple", "address", "gateway"]
 Nat = Literal["full-cone", "symmetric"]
+
+MESSAGE_BYTES: Final = 1 << 18
+"""The longest message between supervisor and worker, either way."""
 
 
 @dataclass(frozen=True, slots=True)
