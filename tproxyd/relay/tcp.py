@@ -276,7 +276,7 @@ class TcpFlow:
             self._move(incoming)
 
     def _settle(self) -> None:
-        """Find out whether the next event may take the quick way."""
+        """Find out whether the next event may take the quick way; a flow that has ended, or half, never is calm."""
         up, down = self._up, self._down
         self._calm = up is not None and down is not None and up.calm and down.calm and self in self._relay.flows
 
@@ -336,7 +336,8 @@ class TcpFlow:
         self._up.hangup = bool(self._early & select.EPOLLRDHUP)
         self._up.urgent = bool(self._early & select.EPOLLPRI)
         self._down.hangup = bool(events & select.EPOLLRDHUP)
-        if self._move(self._up) and events & _READABLE:
+        waiting = self._up.pass_on() if self._up.calm else False
+        if (waiting or self._move(self._up)) and events & _READABLE:
             self._move(self._down)
 
     def _move(self, direction: Direction) -> bool:
