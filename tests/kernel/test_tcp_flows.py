@@ -228,6 +228,27 @@ def resident_bytes(pid: int) -> int:
 
 
 @versions
+@pytest.mark.parametrize("towards", ["server", "client"])
+def test_the_tail_of_a_long_transfer_waits_for_nothing(
+    lab: Gateway, daemon: DaemonFactory, version: int, towards: str
+) -> None:
+    """Whoever relays much at a time (SO_RCVLOWAT) must still hand on what comes after it, however little."""
+    daemon(timeouts={"tcp_idle": "2m"})
+    pair = Pair(lab, version)
+    sender, receiver = (pair.client, pair.server) if towards == "server" else (pair.server, pair.client)
+    for much in (20_000_000, 64, 7_000_000, 1):
+        writer = threading.Thread(target=sender.sendall, args=(bytes(much),))
+        writer.start()
+        received = 0
+        while received < much:
+            received += len(receiver.recv(1 << 20))  # times out after 5 s
+        writer.join()
+        receiver.sendall(b"!")
+        assert sender.recv(10) == b"!"
+    pair.close()
+
+
+@versions
 def test_idle_flow_is_reset_and_a_busy_one_is_not(lab: Gateway, daemon: DaemonFactory, version: int) -> None:
     running = daemon(timeouts={"tcp_idle": "1s"})
     idle, busy = Pair(lab, version), Pair(lab, version)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import select
-from collections import deque
 from time import monotonic
 from typing import Final, Protocol
 
@@ -20,6 +19,9 @@ EDGE: Final = select.EPOLLIN | select.EPOLLOUT | select.EPOLLRDHUP | select.EPOL
 LEVEL: Final = select.EPOLLIN
 
 _BATCH: Final = 256
+_SLICE_S: Final = 0.0005
+"""How long those who have much to move may go on before events are looked at again."""
+
 _log = logging.getLogger(__name__)
 
 
@@ -57,7 +59,8 @@ class Poller:
         self._epoll = select.epoll()
         self._watchers: dict[int, Watcher] = {}
         self._closing: list[Socket] = []
-        self._waiting: deque[Resumable] = deque()
+        self._waiting: dict[Resumable, None] = {}
+        self._going_on = False
         self.now = monotonic()
         loop.add_reader(self._epoll.fileno(), self._on_ready)
 
@@ -79,10 +82,9 @@ class Poller:
         self._closing.append(sock)
 
     def later(self, resumable: Resumable) -> None:
-        """Let others have their turn before this one goes on."""
-        if not self._waiting:
-            self._loop.call_soon(self._resume)
-        self._waiting.append(resumable)
+        """Let others have their turn before this one goes on; those who wait go on in turn, one turn each."""
+        self._waiting[resumable] = None
+        self._go_on_soon()
 
     def close(self) -> None:
         """Stop watching everything; the sockets are their owners'."""
@@ -103,13 +105,25 @@ class Poller:
                 self._supervise(watcher, error)
 
     def _resume(self) -> None:
+        self._going_on = False
         self.now = monotonic()
-        waiting, self._waiting = self._waiting, deque()
-        for resumable in waiting:
+        end = self.now + _SLICE_S
+        for _ in range(len(self._waiting)):
+            resumable = next(iter(self._waiting))
+            del self._waiting[resumable]
             try:
                 resumable.resume()
             except Exception as error:  # noqa: BLE001  # as above
                 self._supervise(resumable, error)
+            if monotonic() > end:
+                break
+        if self._waiting:
+            self._go_on_soon()
+
+    def _go_on_soon(self) -> None:
+        if not self._going_on:
+            self._going_on = True
+            self._loop.call_soon(self._resume)
 
     def _supervise(self, watcher: Watcher | Resumable, error: Exception) -> None:
         self._counters.flow_errors += 1

@@ -3,7 +3,9 @@
 The technique, and why: a first read with a small buffer serves requests and answers with one system call each;
 a read that comes back short has drained the socket, so nothing is read again just to see EAGAIN. Two full reads
 in a row mean bulk: from then on splice(2) moves the bytes from socket to pipe to socket inside the kernel, and
-the pipe goes back when the direction falls quiet. Backpressure is the pipe or the one held piece: the source is
+the pipe goes back when the direction falls quiet. A direction that stays busy gets patient: the kernel wakes it
+for half a pipe of data and no longer for each packet (SO_RCVLOWAT), and whoever owns it runs it again after a
+moment, for the tail that is less. Backpressure is the pipe or the one held piece: the source is
 not read while either waits for the sink.
 """
 
@@ -20,10 +22,13 @@ from tproxyd.relay.pipes import PIPE_BYTES, Pipe, PipePool
 from tproxyd.relay.sockets import Socket
 
 READ_BYTES: Final = 16384
-TURN_BYTES: Final = 4 << 20
+TURN_BYTES: Final = 1 << 20
 """A direction that has moved this much lets the other flows have their turn."""
 
 _FULL_READS: Final = 2
+_PATIENT_FROM_BYTES: Final = 1 << 20
+_PATIENCE_BYTES: Final = PIPE_BYTES // 2
+_TAIL_BYTES: Final = READ_BYTES
 _SPLICE: Final = os.SPLICE_F_MOVE | os.SPLICE_F_NONBLOCK
 _SIOCATMARK: Final = 0x8905
 
@@ -49,9 +54,11 @@ class Direction:
             like EOF from now on is a reset.
         spliced: bytes have moved by splice.
         last: the other direction has ended, so closing both sockets says what shutdown would.
+        patient: the source is heard of only when there is much to move; `run` must be called for the rest.
     """
 
     __slots__ = (
+        "_burst",
         "_full_reads",
         "_held",
         "_pipe",
@@ -61,6 +68,7 @@ class Direction:
         "eof",
         "hangup",
         "last",
+        "patient",
         "sink",
         "source",
         "source_lost",
@@ -86,6 +94,8 @@ class Direction:
         self.source_lost = False
         self.spliced = False
         self.last = False
+        self.patient = False
+        self._burst = 0
 
     @property
     def calm(self) -> bool:
@@ -93,6 +103,11 @@ class Direction:
         return not (
             self._held or self._pipe or self.hangup or self.urgent or self.eof or self.source_lost or self._reset
         )
+
+    @property
+    def bulk(self) -> bool:
+        """Bytes move by splice, many at a time."""
+        return self._pipe is not None
 
     @property
     def empty(self) -> bool:
@@ -160,6 +175,8 @@ class Direction:
         if self._pipe is not None:
             self._pipes.give_back(self._pipe)
             self._pipe = None
+            self._burst = 0
+            self.patient = False
 
     def unacknowledged(self) -> int:
         """Bytes the sink's peer has not acknowledged yet (SIOCOUTQ, tcp(7))."""
@@ -205,8 +222,7 @@ class Direction:
                 count = os.splice(source, pipe.writer, PIPE_BYTES, flags=_SPLICE)
             except BlockingIOError:
                 if not pipe.held:  # else the pipe is full, and says nothing about the source
-                    if moved < _FULL_READS * READ_BYTES:
-                        self.release()
+                    self._drained(moved)
                     return True
             except OSError:
                 return self._end_by_reset()
@@ -218,6 +234,22 @@ class Direction:
             if not self._flush_pipe():
                 return True
         return False
+
+    def _drained(self, moved: int) -> None:
+        """Go back to small reads after a turn that found little, or get patient in a long transfer."""
+        self._burst += moved
+        if self.patient:
+            if moved < _TAIL_BYTES:
+                self.release()
+                self._wake_from(1)
+        elif moved < _FULL_READS * READ_BYTES:
+            self.release()
+        elif self._burst > _PATIENT_FROM_BYTES:
+            self._wake_from(_PATIENCE_BYTES)
+
+    def _wake_from(self, count: int) -> None:
+        self.source.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, count)
+        self.patient = count > 1
 
     def _end_by_reset(self) -> bool:
         """Pass on what came before the reset, then raise it: the socket tells of its error only once."""

@@ -20,6 +20,7 @@ from tproxyd.relay.context import Context
 from tproxyd.relay.pipes import PipePool
 from tproxyd.relay.poller import LEVEL
 from tproxyd.relay.pump import Direction, SinkReset, SourceReset
+from tproxyd.relay.tails import Tails
 
 _log = logging.getLogger(__name__)
 
@@ -67,6 +68,7 @@ class TcpRelay:
         self.poller = context.poller
         self.counters = context.counters
         self.pipes = PipePool()
+        self.tails = Tails(context.loop, context.poller)
         self.flows: set[TcpFlow] = set()
         self.connecting: dict[TcpFlow, float] = {}
         self._listeners: dict[int, sockets.Socket] = {}
@@ -91,6 +93,7 @@ class TcpRelay:
         """End all flows with a reset and free everything."""
         self.stop_listening()
         self._timer.cancel()
+        self.tails.close()
         for flow in list(self.flows):
             flow.end(Cause.SHUTDOWN)
         self.pipes.close()
@@ -268,20 +271,34 @@ class TcpFlow:
             incoming.hangup = True
         if events & select.EPOLLPRI:
             incoming.urgent = True
-        if outgoing.blocked and events & (select.EPOLLOUT | _FAILED) and not self._move(outgoing):
+        if outgoing.blocked and events & (select.EPOLLOUT | _FAILED) and not self._advance(outgoing):
             return
         if incoming.eof and events & select.EPOLLERR:
             self._reset_by(incoming)
         elif events & _READABLE and not incoming.blocked and not incoming.eof:
-            self._move(incoming)
+            self._advance(incoming)
+
+    def _advance(self, direction: Direction) -> bool:
+        """Move small pieces now, and much of a bulk transfer after everyone's small pieces."""
+        if not direction.bulk:
+            return self._move(direction)
+        direction.blocked = False
+        self._relay.poller.later(self)
+        return True
 
     def _settle(self) -> None:
         """Find out whether the next event may take the quick way; a flow that has ended, or half, never is calm."""
         up, down = self._up, self._down
         self._calm = up is not None and down is not None and up.calm and down.calm and self in self._relay.flows
 
+    @property
+    def patient(self) -> bool:
+        """A direction is told of much data only, and must be run for the rest."""
+        return any(direction and direction.patient and not direction.blocked for direction in (self._up, self._down))
+
     def resume(self) -> None:
         """Go on after a turn that was cut short."""
+        self.last = self._relay.poller.now
         self._resume()
         self._settle()
 
@@ -350,6 +367,8 @@ class TcpFlow:
         except SinkReset:
             direction.release()
             return self._sink_lost(self._other(direction))
+        if direction.patient:
+            self._relay.tails.watch(self)
         if not finished:
             self._relay.poller.later(self)
         elif direction.eof:
