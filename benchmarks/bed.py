@@ -40,6 +40,19 @@ table inet witness {
     }
 }
 """
+# Enough for the kernel to track connections, as it does on every gateway with a firewall or NAT.
+_FIREWALL: Final = """
+table inet firewall {
+    chain input {
+        type filter hook input priority 0
+        ct state established,related accept
+    }
+    chain forward {
+        type filter hook forward priority 0
+        ct state established,related accept
+    }
+}
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +95,7 @@ class Bed:
             for namespace in self.lab.namespaces:
                 for key, value in _SETTINGS.items():
                     namespace.sysctl(key, value)
-            self.lab.gateway.nft(_WITNESS)
+            self.lab.gateway.nft(_WITNESS + _FIREWALL)
             self._start_servers()
             self.subject = subject(self.lab, folder)
             self.subject.prepare()
