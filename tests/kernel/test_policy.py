@@ -262,6 +262,23 @@ def test_a_client_port_can_be_relayed_and_bypassed_at_once(lab: Gateway, daemon,
     assert {end["orig_dst"][-5:] for end in running.wait_flow_ends(2)} == {":5000"}
 
 
+def test_udp_that_was_let_by_is_relayed_both_ways_once_no_rule_says_otherwise(
+    lab: Gateway, daemon, ruleset: str
+) -> None:
+    """Its connection is still known to the kernel, with the very addresses and ports that tproxyd then uses."""
+    lab.forwarding(True)
+    running = daemon(interception={"ruleset": ruleset})
+    past = [{"name": "past", "action": "bypass"}]
+    with everywhere(lab) as services, contextlib.ExitStack() as stack:
+        flows = [stack.enter_context(lab.client.udp(far.address)) for network, far in services if network == "udp"]
+        apply(lab, running, interception={"ruleset": ruleset}, rules=past)
+        assert [echoed(flow, b"routed") for flow in flows] == [True] * 2
+        apply(lab, running, interception={"ruleset": ruleset})
+        assert [echoed(flow, b"two") for flow in flows] == [True] * 2
+        ends = running.wait_flow_ends(2)
+    assert [(end["bytes_up"], end["bytes_down"]) for end in ends] == [(3, 3)] * 2
+
+
 def test_the_kernels_rules_need_no_daemon(lab: Gateway, daemon, ruleset: str) -> None:
     """Even where the gateway is to let everything else by."""
     lab.forwarding(True)
