@@ -20,6 +20,7 @@ from tproxyd.errors import (
 )
 
 if TYPE_CHECKING:
+    from tproxyd.flow import Endpoint
     from tproxyd.netfilter.apply import Application
 
 DEFAULT_CONFIG: Final = Path("/etc/tproxyd/tproxyd.yaml")
@@ -97,7 +98,33 @@ def _parser() -> argparse.ArgumentParser:
     add("remove-rules", _remove_rules, "take everything of tproxyd's out of the kernel, whatever made it")
     show = add("show-rules", _show_rules, "print the rules that the configuration stands for")
     show.add_argument("--format", choices=["nft", "iptables", "json"], help="default: what the configuration uses")
+    why = add("explain", _explain, "tell which rule takes a flow, why those before it don't, and where it runs")
+    why.add_argument("source", type=_end, metavar="SOURCE", help="ADDRESS, ADDRESS:PORT or [ADDRESS]:PORT")
+    why.add_argument("destination", type=_end_with_port, metavar="DESTINATION", help="ADDRESS:PORT or [ADDRESS]:PORT")
+    why.add_argument("--network", choices=["tcp", "udp"], default="tcp", help="default: tcp")
+    why.add_argument(
+        "--interface", metavar="NAME", help="where it comes in; default: the only one, lo for the box's own"
+    )
+    why.add_argument("--listener", metavar="NAME", help="which listener takes it; default: the first")
+    why.add_argument("--json", action="store_true", help="print one JSON object")
+    why.set_defaults(usage_error=why.error)
     return parser
+
+
+def _end(text: str) -> Endpoint:
+    from tproxyd.policy.explain import parse_end
+
+    try:
+        return parse_end(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _end_with_port(text: str) -> Endpoint:
+    end = _end(text)
+    if not end.port:
+        raise argparse.ArgumentTypeError(f"{text!r} has no port")
+    return end
 
 
 def _seconds(text: str) -> int:
@@ -118,9 +145,11 @@ def _check_config(options: argparse.Namespace) -> int:
     from tproxyd.config import load_config
     from tproxyd.netfilter.plan import plan
 
-    ruleset = plan(load_config(options.config))
+    config = load_config(options.config)
+    ruleset = plan(config)
     prefixes = sum(len(prefix_set.prefixes) for prefix_set in ruleset.excluded)
-    print(f"{options.config}: ok: {', '.join(ruleset.interfaces)}, {prefixes} excluded prefixes")
+    rules = f", {len(config.rules)} rules" if config.rules else ""
+    print(f"{options.config}: ok: {', '.join(ruleset.interfaces)}, {prefixes} excluded prefixes{rules}")
     return 0
 
 
@@ -172,6 +201,33 @@ def _show_rules(options: argparse.Namespace) -> int:
         print(json.dumps(as_json(ruleset), indent=2))
     else:
         print({"nft": nft, "iptables": iptables}[form].render(ruleset), end="")
+    return 0
+
+
+def _explain(options: argparse.Namespace) -> int:
+    from tproxyd.config import load_config
+    from tproxyd.flow import Client, Flow, Network, OrigDst
+    from tproxyd.netfilter.plan import plan, rules_of, surroundings
+    from tproxyd.policy.explain import NotToldError, as_json, as_lines, explain
+    from tproxyd.relay.sockets import is_local
+
+    config = load_config(options.config)
+    around = surroundings(plan(config), config)
+    client, orig_dst = Client(*options.source), OrigDst(*options.destination)
+    if client.version != orig_dst.version:
+        options.usage_error("SOURCE and DESTINATION are of different address families")
+    listeners = [listener.name for listener in config.listeners]
+    if options.listener not in (None, *listeners):
+        options.usage_error(f"there is no listener {options.listener}: {', '.join(listeners)}")
+    own = {end.address for end in (client, orig_dst) if is_local(end.address)}
+    only_one = around.interfaces[0] if len(around.interfaces) == 1 else ""
+    interface = options.interface or ("lo" if client.address in own else only_one)
+    flow = Flow(Network(options.network), client, orig_dst, options.listener or listeners[0], interface)
+    try:
+        found = explain(rules_of(config), around, flow, own)
+    except NotToldError as error:
+        options.usage_error(str(error))
+    print(json.dumps(as_json(found), indent=2) if options.json else "\n".join(as_lines(found)))
     return 0
 
 

@@ -42,20 +42,39 @@ class Network(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Flow:
-    """What policy may know of a flow when it decides."""
+    """What policy may know of a flow when it decides.
+
+    `interface` is the one that the flow came in by, `lo` for the box's own; empty where nobody asked.
+    """
 
     network: Network
     client: Client
     orig_dst: OrigDst
     listener: str
+    interface: str = ""
+
+
+class Action(StrEnum):
+    """What can be done with a flow other than to give it to a backend of the configuration."""
+
+    BYPASS = "bypass"
+    REJECT = "reject"
+    DROP = "drop"
 
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """Policy's answer: which rule took the flow, and which backend carries it."""
+    """Policy's answer: which rule took the flow, and which backend carries it or what is done in place of that.
+
+    Attributes:
+        rule: name of the rule, `default` where none matched.
+        backend: name of the backend, or of the action.
+        action: None where a backend of the configuration carries the flow.
+    """
 
     rule: str
     backend: str
+    action: Action | None = None
 
 
 class Layer(StrEnum):
@@ -87,6 +106,8 @@ class Cause(StrEnum):
     IDLE = "idle"
     LIMIT = "limit"
     LOOP = "loop"
+    REJECTED = "rejected"
+    DROPPED = "dropped"
     RESOURCES = "resources"
     SHUTDOWN = "shutdown"
     ERROR = "error"

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tproxyd.flow import Client, Endpoint, Flow, Network, OrigDst
-from tproxyd.policy import Policy
+from tproxyd.flow import Endpoint
 
 
 @pytest.mark.parametrize(
@@ -15,9 +14,3 @@ from tproxyd.policy import Policy
 def test_an_endpoint_is_written_as_in_a_url(endpoint: Endpoint, text: str, version: int) -> None:
     assert str(endpoint) == text
     assert endpoint.version == version
-
-
-def test_policy_gives_every_flow_the_default() -> None:
-    flow = Flow(Network.UDP, Client("10.0.0.1", 4000), OrigDst("10.0.0.2", 53), "lan")
-    decision = Policy("direct").decide(flow)
-    assert (decision.rule, decision.backend) == ("default", "direct")

@@ -4,6 +4,8 @@
     scalars    text -> one value                    (knows how a mark, a duration, a prefix is written)
     fields     what a key may hold                  (knows lists, bounds, units)
     model      tree -> Config                       (knows every key, its default, what contradicts what)
+    section    what all mappings of the file share
+    rules      the rules, and what they are to policy
     report     what is wrong -> where, and in which words
     wording    how a found value stands in a message
     loader     the file
@@ -22,6 +24,7 @@ from tproxyd.config.model import (
     Timeouts,
     TproxyListener,
 )
+from tproxyd.config.rules import RuleMatch, RuleSection, policy_rules
 from tproxyd.config.scalars import Mark, PortRange, Prefix
 
 __all__ = [
@@ -34,8 +37,11 @@ __all__ = [
     "Mark",
     "PortRange",
     "Prefix",
+    "RuleMatch",
+    "RuleSection",
     "Timeouts",
     "TproxyListener",
     "load_config",
     "parse_config",
+    "policy_rules",
 ]

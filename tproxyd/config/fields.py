@@ -38,6 +38,7 @@ from tproxyd.config.scalars import (
     parse_prefix,
 )
 from tproxyd.config.wording import shortened, shown
+from tproxyd.flow import Network
 
 T = TypeVar("T")
 
@@ -147,6 +148,47 @@ def _read_prefixes(value: object) -> tuple[Prefix, ...]:
     return _each(value, _read_prefix)
 
 
+def _one_or_more(value: object, read: Callable[[object], T]) -> tuple[T, ...]:
+    """Read the values that a rule asks for; one alone needs no list."""
+    if not isinstance(value, list | tuple):
+        return (read(value),)
+    return _some(_each(value, read), "leave the key out to take any")
+
+
+def _read_network(value: object) -> Network:
+    if value in ("tcp", "udp"):
+        return Network(value)
+    raise unexpected(value, "tcp or udp")
+
+
+def _read_client_interface(value: object) -> str:
+    return "lo" if value == "lo" else _read_interface(value)  # the box's own traffic
+
+
+def _read_name(value: object) -> str:
+    return check_name(_text(value, "a name"))
+
+
+def _read_asked_networks(value: object) -> tuple[Network, ...]:
+    return _one_or_more(value, _once(_read_network))
+
+
+def _read_asked_interfaces(value: object) -> tuple[str, ...]:
+    return _one_or_more(value, _once(_read_client_interface))
+
+
+def _read_asked_names(value: object) -> tuple[str, ...]:
+    return _one_or_more(value, _once(_read_name))
+
+
+def _read_asked_prefixes(value: object) -> tuple[Prefix, ...]:
+    return _one_or_more(value, _read_prefix)
+
+
+def _read_asked_ports(value: object) -> tuple[PortRange, ...]:
+    return merge_ports(_one_or_more(value, _read_port_range))
+
+
 def _read_interface(value: object) -> str:
     if _is_number(value):
         raise unexpected(value, "an interface name", "; quote it")
@@ -210,6 +252,11 @@ _AS_IS: Final = PlainSerializer(lambda value: value, return_type=Any)
 MarkField = Annotated[Mark, PlainValidator(_read_mark), _TEXT]
 Ports = Annotated[tuple[PortRange, ...], PlainValidator(_read_ports), _TEXTS]
 Prefixes = Annotated[tuple[Prefix, ...], PlainValidator(_read_prefixes), _TEXTS]
+AskedNetworks = Annotated[tuple[Network, ...], PlainValidator(_read_asked_networks), _TEXTS]
+AskedInterfaces = Annotated[tuple[str, ...], PlainValidator(_read_asked_interfaces), _TEXTS]
+AskedNames = Annotated[tuple[str, ...], PlainValidator(_read_asked_names), _TEXTS]
+AskedPrefixes = Annotated[tuple[Prefix, ...], PlainValidator(_read_asked_prefixes), _TEXTS]
+AskedPorts = Annotated[tuple[PortRange, ...], PlainValidator(_read_asked_ports), _TEXTS]
 Interfaces = Annotated[tuple[str, ...], PlainValidator(_read_interfaces), _TEXTS]
 Families = Annotated[tuple[Literal["ipv4", "ipv6"], ...], PlainValidator(_read_families), _TEXTS]
 Duration = Annotated[float, PlainValidator(_read_duration), _DURATION]

@@ -6,13 +6,11 @@ Pure. Positions and files are unknown here (see `document`, `report`, `loader`);
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Annotated, Any, ClassVar, Final, Literal
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
-    ConfigDict,
     Field,
     StrictBool,
     StrictStr,
@@ -41,20 +39,13 @@ from tproxyd.config.fields import (
     problem,
     unexpected,
 )
+from tproxyd.config.rules import ACTIONS, RuleSection, check_rules
 from tproxyd.config.scalars import Mark, PortRange
+from tproxyd.config.section import Section
 from tproxyd.config.wording import one_of, shown
 
 ALL_PORTS: Final = (PortRange(1, 65535),)
 DEFAULT_PER_CLIENT: Final = 4096
-
-
-class Section(BaseModel):
-    """A mapping of the file: frozen, and closed to unknown keys."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    not_yet: ClassVar[frozenset[str]] = frozenset()
-    """Keys of the design that this version lacks."""
 
 
 class Exclude(Section):
@@ -211,13 +202,17 @@ def _only_one(listeners: tuple[TproxyListener, ...]) -> tuple[TproxyListener, ..
 
 
 def _with_direct(backends: Mapping[str, DirectBackend]) -> Mapping[str, DirectBackend]:
+    for name in ACTIONS:
+        if name in backends:
+            error = ValueError(f"{shown(name)} is what a rule's action is called; take another name")
+            raise ValidationError.from_exception_data("backends", [problem(error, name, name, "[key]")])
     return {"direct": DirectBackend(), **backends}
 
 
 class Config(Section):
     """The whole configuration."""
 
-    not_yet: ClassVar[frozenset[str]] = frozenset({"rules", "control"})
+    not_yet: ClassVar[frozenset[str]] = frozenset({"control"})
 
     interception: Interception = Field(examples=["{interfaces: [lan0]}"])
     listeners: Annotated[tuple[TproxyListener, ...], AfterValidator(_only_one)] = (
@@ -226,6 +221,7 @@ class Config(Section):
     backends: Annotated[Mapping[Name, DirectBackend], AfterValidator(_with_direct)] = Field(
         default_factory=lambda: {"direct": DirectBackend()}
     )
+    rules: tuple[RuleSection, ...] = ()
     default: StrictStr = "direct"
     timeouts: Timeouts = Timeouts()
     limits: Limits = Limits()
@@ -233,10 +229,27 @@ class Config(Section):
     user: Account = "nobody"
     logging: Logging = Logging()
 
+    @field_validator("rules")
+    @classmethod
+    def _rules_speak_of_what_there_is(
+        cls, rules: tuple[RuleSection, ...], info: ValidationInfo
+    ) -> tuple[RuleSection, ...]:
+        known: dict[str, Collection[str]] = {}  # what is wrong with itself is absent
+        if (interception := info.data.get("interception")) is not None:
+            known["interface"] = (*interception.interfaces, *(["lo"] if interception.own_traffic else []))
+        if (listeners := info.data.get("listeners")) is not None:
+            known["listener"] = [listener.name for listener in listeners]
+        if (backends := info.data.get("backends")) is not None:
+            known["backend"] = backends
+        return check_rules(rules, known)
+
     @field_validator("default")
     @classmethod
     def _names_a_backend(cls, default: str, info: ValidationInfo) -> str:
         backends = info.data.get("backends")  # absent if something is wrong with the backends themselves
+        if default in ACTIONS:
+            last = f"write a last rule without a match: {{name: rest, action: {default}}}"
+            raise ValueError(f"{shown(default)} is an action, the default is a backend; {last}")
         if backends is not None and default not in backends:
             raise ValueError(f"there is no backend {shown(default)}; write {one_of(backends)}")
         return default

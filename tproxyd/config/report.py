@@ -10,7 +10,8 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from tproxyd.config.document import Entries, Entry, Items, Node, Position, Problem
-from tproxyd.config.model import Config, Section
+from tproxyd.config.model import Config
+from tproxyd.config.section import Section
 from tproxyd.config.wording import shown
 
 Loc = tuple[int | str, ...]

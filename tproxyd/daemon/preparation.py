@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Final, Self
 
 from tproxyd.errors import TproxydError
+from tproxyd.policy import pack
 from tproxyd.relay.settings import DirectSettings, RelaySettings
 
 if TYPE_CHECKING:
@@ -32,11 +33,14 @@ class Prepared:
 
     Attributes:
         settings: limits are those of the whole daemon.
+        policy: the packed rules; `rules` their names, that of the last word included.
         listen: the addresses and ports the listeners are bound to, with their network.
         lease: interception must be leased (`on_failure: open`), through nftables or iptables.
     """
 
     settings: RelaySettings
+    policy: bytes
+    rules: tuple[str, ...]
     workers: int
     listen: tuple[tuple[str, str, int], ...]
     versions: tuple[int, ...]
@@ -143,13 +147,15 @@ def _prepare(path: Path, answers: Any, go: int) -> None:
 
 def summary(config: Config, ruleset: Ruleset) -> Prepared:
     """Reduce a configuration to what a supervisor needs."""
+    from tproxyd.netfilter.plan import rules_of
+
+    rules = rules_of(config)
     listen = {(str(i.network), i.address, i.port) for i in ruleset.intercepts}
     workers = config.workers if isinstance(config.workers, int) else len(os.sched_getaffinity(0))
     return Prepared(
         settings=RelaySettings(
             listener=config.listeners[0].name,
             backends={n: DirectSettings(source=b.source, nat=b.nat) for n, b in config.backends.items()},
-            default=config.default,
             connect_s=config.timeouts.connect,
             tcp_idle_s=config.timeouts.tcp_idle,
             udp_idle_s=config.timeouts.udp_idle,
@@ -162,6 +168,8 @@ def summary(config: Config, ruleset: Ruleset) -> Prepared:
             log_flows=config.logging.flows,
             user=config.user,
         ),
+        policy=pack(rules),
+        rules=rules.names,
         workers=workers,
         listen=tuple(sorted(listen)),
         versions=ruleset.versions,

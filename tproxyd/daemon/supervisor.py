@@ -7,8 +7,10 @@ takes over the very sockets, accept queue included.
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import json
 import logging
+import os
 import signal
 import socket
 import sys
@@ -46,10 +48,16 @@ class Slot:
         failure: why a worker refused to start.
         heard: monotonic seconds of the last message.
         counters: the worker's last counters.
+        rule_counters: how many flows each rule took there.
     """
 
-    def __init__(self, number: int, prepared: Prepared) -> None:
+    def __init__(self, number: int, prepared: Prepared, policy: int) -> None:
         """Open the slot's listening sockets.
+
+        Args:
+            number: which slot it is.
+            prepared: the configuration.
+            policy: an open file that holds the packed rules, for all workers to read.
 
         Raises:
             OSError: the kernel refused one.
@@ -59,9 +67,12 @@ class Slot:
         self.failure: str | None = None
         self.heard = 0.0
         self.counters: dict[str, int] = {}
+        self.rule_counters: dict[str, int] = {}
         self.process: asyncio.subprocess.Process | None = None
         self._stopping = False
         self._settings = share(prepared.settings, prepared.workers)
+        self._rules = prepared.rules
+        self._policy = policy
         self._channel: socket.socket | None = None
         self._listeners: list[tuple[str, sockets.Socket]] = []
         openers = {"tcp": sockets.tcp_listener, "udp": sockets.udp_listener}
@@ -89,7 +100,7 @@ class Slot:
                 end = _how(await self._run_worker())
             except OSError as error:
                 end = f"could not be started: {error}"
-            self.counters = {}
+            self.counters, self.rule_counters = {}, {}
             if self._stopping or (self.failure is not None and not self.ready.is_set()):
                 self.ready.set()
                 return
@@ -138,8 +149,9 @@ class Slot:
                 ours.send(self._settings.to_json())
                 ours.setblocking(False)
                 self.process = await asyncio.create_subprocess_exec(
-                    *(sys.executable, "-P", "-m", "tproxyd.daemon.worker", str(theirs.fileno()), *arguments),
-                    pass_fds=(theirs.fileno(), *(listener.fileno() for _, listener in self._listeners)),
+                    *(sys.executable, "-P", "-m", "tproxyd.daemon.worker"),
+                    *(str(theirs.fileno()), str(self._policy), *arguments),
+                    pass_fds=(theirs.fileno(), self._policy, *(held.fileno() for _, held in self._listeners)),
                     stdin=asyncio.subprocess.DEVNULL,
                     start_new_session=True,  # away from the operator's terminal
                 )
@@ -184,6 +196,9 @@ class Slot:
             self.counters = {
                 name: value for name in Counters().as_dict() if isinstance(value := counters.get(name), int)
             }
+        taken = message.get("rules")
+        if isinstance(taken, list) and all(isinstance(value, int) for value in taken):
+            self.rule_counters = dict(zip(self._rules, taken, strict=False))
         if "failed" in message:
             self.failure = str(message["failed"])
         if message.get("ready"):
@@ -198,6 +213,7 @@ class Supervisor:
         self._prepared = prepared
         self._rules = rules
         self._slots: list[Slot] = []
+        self._policy = _sealed(prepared.policy)
         self._stop = asyncio.Event()
         self._lease_lost = False
 
@@ -226,7 +242,7 @@ class Supervisor:
     def _open_slots(self) -> None:
         for number in range(self._prepared.workers):
             try:
-                self._slots.append(Slot(number, self._prepared))
+                self._slots.append(Slot(number, self._prepared, self._policy))
             except PermissionError as error:
                 raise PermissionDenied(f"no transparent socket ({error}): run as root or with CAP_NET_RAW") from error
             except OSError as error:
@@ -272,6 +288,7 @@ class Supervisor:
         await asyncio.gather(*tasks, return_exceptions=True)
         for slot in self._slots:
             slot.close()
+        os.close(self._policy)
 
     async def _renew_lease(self, lease_s: int = LEASE_S) -> None:
         """Renew the lease of an open gateway as long as a worker answers; a thread does it, netlink can block."""
@@ -288,9 +305,11 @@ class Supervisor:
 
     def _log_counters(self) -> None:
         total: Counter[str] = Counter()
+        rules: Counter[str] = Counter(dict.fromkeys(self._prepared.rules, 0))
         for slot in self._slots:
             total.update(slot.counters)
-        _log.info("counters %s", json.dumps(dict(total)))
+            rules.update(slot.rule_counters)
+        _log.info("counters %s", json.dumps({**total, "rules": rules}))
 
 
 def _renew_lease(how: str, versions: tuple[int, ...], lease_s: int) -> None:
@@ -302,6 +321,19 @@ def _renew_lease(how: str, versions: tuple[int, ...], lease_s: int) -> None:
         from tproxyd.netfilter import ipset
 
         ipset.renew_lease(versions, lease_s)
+
+
+def _sealed(data: bytes) -> int:
+    """Return an open file in memory that nobody can change any more (memfd_create(2)): workers get it, too."""
+    file = os.memfd_create("tproxyd-policy", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        with open(file, "wb", closefd=False) as out:
+            out.write(data)
+        fcntl.fcntl(file, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
+    except BaseException:
+        os.close(file)
+        raise
+    return file
 
 
 def _how(code: int) -> str:

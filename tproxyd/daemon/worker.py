@@ -1,7 +1,8 @@
 """A worker: relays flows from the listening sockets it was handed, as its own user with the rights it needs.
 
-`python -m tproxyd.daemon.worker CHANNEL tcp:FD udp:FD ...`: CHANNEL is a SOCK_SEQPACKET socket to the
-supervisor. Its first message are the settings; then the supervisor asks, and the worker answers in JSON. When
+`python -m tproxyd.daemon.worker CHANNEL POLICY tcp:FD udp:FD ...`: CHANNEL is a SOCK_SEQPACKET socket to the
+supervisor. Its first message are the settings; then the supervisor asks, and the worker answers in JSON. POLICY is
+a file that holds the packed rules, which may be larger than any message. When
 the supervisor is gone, the worker takes nothing new and ends with its last flow.
 """
 
@@ -11,6 +12,7 @@ import asyncio
 import gc
 import json
 import logging
+import os
 import signal
 import socket
 import sys
@@ -19,43 +21,50 @@ from typing import Any, Final
 from tproxyd.daemon.log import log_flow_end, set_up_logging
 from tproxyd.daemon.privileges import drop_to, raise_descriptor_limit
 from tproxyd.errors import TproxydError
+from tproxyd.flow import Action
 from tproxyd.policy import Policy
 from tproxyd.relay.backends.direct import Direct
 from tproxyd.relay.context import Context
-from tproxyd.relay.counters import Counters
+from tproxyd.relay.counters import Counters, RuleCounters
 from tproxyd.relay.icmp import IcmpSender
 from tproxyd.relay.limits import FlowLimits
 from tproxyd.relay.poller import Poller
-from tproxyd.relay.settings import MESSAGE_BYTES, RelaySettings
+from tproxyd.relay.settings import MESSAGE_BYTES, DirectSettings, RelaySettings
 from tproxyd.relay.sockets import Socket
 from tproxyd.relay.tcp import TcpRelay
 from tproxyd.relay.udp import UdpRelay
 
 _ORPHAN_CHECK_S: Final = 1.0
+_LIKE_ROUTED: Final = DirectSettings(source="four-tuple", nat="full-cone")
+"""How a flow is carried that a rule bypasses, where it has come to a worker all the same."""
 _log = logging.getLogger(__name__)
 
 
 class Worker:
     """Everything a worker owns, put together."""
 
-    def __init__(self, settings: RelaySettings, channel: socket.socket, loop: asyncio.AbstractEventLoop) -> None:
-        """Build the relays; `listen` starts them."""
+    def __init__(
+        self, settings: RelaySettings, policy: Policy, channel: socket.socket, loop: asyncio.AbstractEventLoop
+    ) -> None:
+        """Build the relays; `serve` starts them."""
         self._loop = loop
         self._channel = channel
         self._done = loop.create_future()
         self._counters = Counters()
+        self._rule_counters = RuleCounters(policy.names)
         self._poller = Poller(loop, self._counters)
         self._icmp = IcmpSender(settings.client_mark, self._counters)
         context = Context(
             loop=loop,
             poller=self._poller,
-            policy=Policy(settings.default),
+            policy=policy,
             backends={
                 name: Direct(backend, settings.server_mark, self._counters)
-                for name, backend in settings.backends.items()
+                for name, backend in {**settings.backends, Action.BYPASS: _LIKE_ROUTED}.items()
             },
             limits=FlowLimits(settings.max_flows, settings.max_flows_per_client),
             counters=self._counters,
+            rule_counters=self._rule_counters,
             icmp=self._icmp,
             listener=settings.listener,
             on_end=log_flow_end if settings.log_flows else None,
@@ -89,7 +98,8 @@ class Worker:
             return
         asked = json.loads(message).get("do")
         if asked == "count":
-            self._tell({"counters": self._counters.as_dict()})
+            # Without the names: with thousands of rules they would fill more than a message.
+            self._tell({"counters": self._counters.as_dict(), "rules": list(self._rule_counters.values())})
         elif asked == "stop" and not self._done.done():
             self._done.set_result(None)
 
@@ -119,7 +129,7 @@ def main(arguments: list[str]) -> int:
 
     channel = socket.socket(fileno=int(arguments[0]))
     listeners: list[tuple[str, Socket]] = []
-    for argument in arguments[1:]:
+    for argument in arguments[2:]:
         network, _, fd = argument.partition(":")
         listeners.append((network, Socket(fileno=int(fd))))
     settings = RelaySettings.from_json(channel.recv(MESSAGE_BYTES))
@@ -134,14 +144,20 @@ def main(arguments: list[str]) -> int:
     except TproxydError as error:
         channel.send(json.dumps({"failed": str(error)}).encode())
         return 1
+    policy = Policy(_content(int(arguments[1])))
     set_up_logging(settings.log_level, settings.log_format)  # its thread must not keep what this one gave up
 
     async def serve() -> None:
         gc.freeze()
-        await Worker(settings, channel, asyncio.get_running_loop()).serve(listeners)
+        await Worker(settings, policy, channel, asyncio.get_running_loop()).serve(listeners)
 
     uvloop.run(serve())
     return 0
+
+
+def _content(file: int) -> bytes:
+    """Read a file that other workers read, too, each from its beginning."""
+    return os.pread(file, os.fstat(file).st_size, 0)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,8 @@ from itertools import islice
 from typing import Final, Self
 
 from tproxyd.errors import KernelUnsupported, PermissionDenied, RulesetError
-from tproxyd.netfilter.iptables import HALVES, SET_PREFIX, IpSet, lease_name
+from tproxyd.netfilter.iptables import HALVES, IpSet, lease_name
+from tproxyd.netfilter.iptables_match import SET_PREFIX
 
 _NEW_SET: Final = f"{SET_PREFIX}new"
 """Where a set is filled before it takes its place."""

@@ -15,15 +15,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from tproxyd.flow import Network
+from tproxyd.netfilter.iptables_match import SET_PREFIX, Rule, port_matches, shown
+from tproxyd.netfilter.iptables_rules import Targets, rule_chain
 from tproxyd.netfilter.plan import INBOUND_S, Intercept, PrefixSet, Ruleset
 
 if TYPE_CHECKING:
-    from tproxyd.config import Mark, PortRange
-
-Rule = dict[str, Any]
+    from tproxyd.config import Mark
 
 CHAIN_PREFIX: Final = "TPROXYD"
-SET_PREFIX: Final = "tproxyd_"
+
+TABLES: Final = ("filter", "mangle", "raw")
+"""Those that some ruleset has something in."""
 
 MAX_PREFIXES: Final = 1 << 20
 """The kernel's own default for a set is 65,536."""
@@ -34,7 +36,6 @@ HALVES: Final = {4: ("0.0.0.0/1", "128.0.0.0/1"), 6: ("::/1", "8000::/1")}
 """All addresses: hash:net has no prefix of length 0."""
 
 _EVERYTHING: Final = {"0.0.0.0/0": HALVES[4], "::/0": HALVES[6]}
-_MULTIPORT_SLOTS: Final = 15
 _SYN: Final = ("FIN,SYN,RST,ACK", "SYN")
 _OUR_SOCKET: Final = {"transparent": ""}
 """xt_socket passes over sockets bound to all addresses (as nft's `wildcard 0`) unless `--nowildcard` is given."""
@@ -79,7 +80,7 @@ class Table:
 
 
 Tables = dict[str, Table]
-"""By the table's name, in the order of writing: mangle must stand before raw marks packets for it."""
+"""By the table's name, in the order of writing: the others must stand before raw marks packets for them."""
 
 
 def ip_sets(ruleset: Ruleset) -> tuple[IpSet, ...]:
@@ -88,13 +89,14 @@ def ip_sets(ruleset: Ruleset) -> tuple[IpSet, ...]:
         IpSet(_set_name(prefix_set), prefix_set.version, tuple(_without_zero_length(prefix_set.prefixes)))
         for prefix_set in ruleset.excluded
     ]
+    asked = [IpSet(f"{SET_PREFIX}{each.name}", each.version, each.prefixes) for each in ruleset.rule_sets]
     versions = ruleset.versions if ruleset.lease else ()
     leases = [IpSet(lease_name(version), version, (), timeout_s=0) for version in versions]
     inbound = [
         IpSet(_inbound_name(version), version, (), timeout_s=INBOUND_S, kind="hash:ip,port,ip")
         for version in _inbound_versions(ruleset)
     ]
-    return (*excluded, *leases, *inbound)
+    return (*excluded, *asked, *leases, *inbound)
 
 
 def lease_name(version: int) -> str:
@@ -105,8 +107,12 @@ def lease_name(version: int) -> str:
 def tables(ruleset: Ruleset, version: int) -> Tables:
     """Return what one family needs; nothing where the ruleset leaves the family out."""
     if version not in ruleset.versions:
-        return {name: Table({}, {}) for name in ("mangle", "raw")}
-    return {"mangle": _mangle(ruleset, version), "raw": _raw(ruleset, version)}
+        return {name: Table({}, {}) for name in TABLES}
+    return {
+        "filter": _filter(ruleset, version),
+        "mangle": _mangle(ruleset, version),
+        "raw": _raw(ruleset, version),
+    }
 
 
 def render(ruleset: Ruleset) -> str:
@@ -118,6 +124,8 @@ def render(ruleset: Ruleset) -> str:
     for version in ruleset.versions:
         sections.append(f"# {command(version)}-restore --noflush\n")
         for name, table in tables(ruleset, version).items():
+            if not table.chains:
+                continue
             sections += ["".join(f"{text}\n" for text in (f"*{name}", *_restore_lines(table), "COMMIT"))]
     return "".join(sections)
 
@@ -176,8 +184,8 @@ def _raw(ruleset: Ruleset, version: int) -> Table:
     compare a socket's mark without copying it over the packet's. No verdict: the packets go on through others'
     rules in this table.
     """
-    known = {"socket": _OUR_SOCKET | {"restore-skmark": ""}, "mark": {"mark": _shown(ruleset.server_mark)}}
-    return Table(
+    known = {"socket": _OUR_SOCKET | {"restore-skmark": ""}, "mark": {"mark": shown(ruleset.server_mark)}}
+    table = Table(
         jumps={
             "PREROUTING": [{"in-interface": name, "target": "TPROXYD_RAW"} for name in ruleset.interfaces],
             "OUTPUT": [{"target": "TPROXYD_OUT"}],
@@ -192,20 +200,45 @@ def _raw(ruleset: Ruleset, version: int) -> Table:
             "TPROXYD_NEW": [
                 {"addrtype": {"src-type": "LOCAL"}, "target": "DROP"},
                 *_stays_in_kernel(ruleset, version),
-                *_unless_leased(ruleset, version),
                 *_unless_answer(ruleset, version),
-                {"target": {"goto": "TPROXYD_PORTS"}},
+                *_asking_rules(ruleset, version, {"goto": "TPROXYD_PORTS"}),
             ],
-            "TPROXYD_PORTS": _flows(ruleset, version, {"goto": "TPROXYD_CLIENT"}),
-            "TPROXYD_CLIENT": [{"target": {"CT": {"notrack": ""}}}, _set_mark(ruleset)],
+            "TPROXYD_PORTS": [
+                *_unless_leased(ruleset, version),
+                *_flows(ruleset, version, {"goto": "TPROXYD_CLIENT"}),
+            ],
+            "TPROXYD_CLIENT": [{"target": {"CT": {"notrack": ""}}}, _set_mark(ruleset.mark)],
             "TPROXYD_OUT": [
                 {
                     "out-interface": "!lo",
-                    "mark": {"mark": _shown(ruleset.client_mark)},
+                    "mark": {"mark": shown(ruleset.client_mark)},
                     "target": {"CT": {"notrack": ""}},
                 }
             ],
         },
+    )
+    if ruleset.rules:
+        targets = _targets(ruleset, version, table, "TPROXYD_PORTS")
+        table.chains["TPROXYD_RULES"] = rule_chain(ruleset.rules, version, targets)
+    if ruleset.refuses:
+        table.chains["TPROXYD_REJECT"] = [_set_mark(ruleset.refusal_mark)]
+    return table
+
+
+def _filter(ruleset: Ruleset, version: int) -> Table:
+    """Where packets are refused: REJECT works in this table only.
+
+    They are delivered to the box, whether or not it forwards; the answers are known to connection tracking, and bear
+    the address that the client asked. UDP over IPv4 never comes here.
+    """
+    if not ruleset.refuses:
+        return Table({}, {})
+    refused = {"mark": {"mark": shown(ruleset.refusal_mark)}}
+    tcp: Rule = {"protocol": "tcp", **refused, "target": {"REJECT": {"reject-with": "tcp-reset"}}}
+    udp: Rule = {"protocol": "udp", **refused, "target": {"REJECT": {"reject-with": "icmp6-port-unreachable"}}}
+    return Table(
+        jumps={"INPUT": [{"target": "TPROXYD_REFUSE"}]},
+        chains={"TPROXYD_REFUSE": [tcp] if version == 4 else [tcp, udp]},
     )
 
 
@@ -216,7 +249,7 @@ def _mangle(ruleset: Ruleset, version: int) -> Table:
     listener take over. It drops what it finds no listener for. Both ways end the table, lest a later rule of
     someone else's (`CONNMARK --restore-mark`) takes our mark off again.
     """
-    mark = {"mark": {"mark": _shown(ruleset.mark)}}
+    mark = {"mark": {"mark": shown(ruleset.mark)}}
     interfaces = [*ruleset.interfaces, *(["lo"] if ruleset.own_traffic else [])]
     syn = {"protocol": "tcp", "tcp": {"tcp-flags": [*_SYN]}}
     udp = {"protocol": "udp"}
@@ -226,14 +259,16 @@ def _mangle(ruleset: Ruleset, version: int) -> Table:
         jumps={"PREROUTING": [{"target": "TPROXYD"}]},
         chains={
             "TPROXYD": [
+                *_unless_decided(ruleset),
                 *({"in-interface": name, **first, **mark, **listen} for name in interfaces for first in (syn, udp)),
+                {"connmark": {"mark": shown(ruleset.client_mark)}, "target": "RETURN"},
                 {"protocol": "udp", "target": {"goto": "TPROXYD_ANSWER"}},
                 {"socket": _OUR_SOCKET, "target": {"goto": "TPROXYD_OURS"}},
                 *({"in-interface": name, **mark, **listen} for name in interfaces),
             ],
             "TPROXYD_LISTEN": [_tproxy(intercept, ruleset.mark) for intercept in intercepts],
             "TPROXYD_ANSWER": _answers(ruleset, version),
-            "TPROXYD_OURS": [_set_mark(ruleset), {"target": "ACCEPT"}],
+            "TPROXYD_OURS": [_set_mark(ruleset.mark), {"target": "ACCEPT"}],
         },
     )
     if not ruleset.lease:
@@ -244,17 +279,72 @@ def _mangle(ruleset: Ruleset, version: int) -> Table:
             {"addrtype": {"src-type": "LOCAL"}, "target": "DROP"},
             {"conntrack": {"ctdir": "REPLY"}, "target": "RETURN"},
             *_stays_in_kernel(ruleset, version),
-            *_flows(ruleset, version, {"goto": "TPROXYD_LISTEN"}, {Network.TCP}),
+            *_asking_rules(ruleset, version, {"goto": "TPROXYD_LISTEN"}, {Network.TCP}),
         ]
+        if ruleset.rules:
+            listen_at_once = {"goto": "TPROXYD_LISTEN"}
+            targets = Targets(listen_at_once, listen_at_once, listen_at_once)
+            table.chains["TPROXYD_RULES"] = rule_chain(ruleset.rules, version, targets)
     if version in _inbound_versions(ruleset):
-        table.jumps["FORWARD"] = [{"target": "TPROXYD_INBOUND"}]
+        table.jumps.setdefault("FORWARD", []).append({"target": "TPROXYD_INBOUND"})
         table.chains["TPROXYD_INBOUND"] = [_remember_inbound(name, version) for name in ruleset.interfaces]
+    _remember_let_by(ruleset, table)
     if ruleset.own_traffic:
-        table.jumps["OUTPUT"] = [{"target": "TPROXYD_OWN"}]
+        table.jumps.setdefault("OUTPUT", []).append({"target": "TPROXYD_OWN"})
         table.chains["TPROXYD_OWN"] = _own_traffic(ruleset, version)
         remember = {"target": {"CONNMARK": {"set-xmark": f"{ruleset.mark.value:#x}/{ruleset.mark.mask:#x}"}}}
-        table.chains["TPROXYD_OWN_NEW"] = [remember, {"target": {"goto": "TPROXYD_OURS"}}]
+        turn: list[Rule] = [remember, {"target": {"goto": "TPROXYD_OURS"}}]
+        table.chains["TPROXYD_OWN_NEW"] = [*_unless_leased(ruleset, version), *turn]
+        if ruleset.rules:
+            targets = _targets(ruleset, version, table, "TPROXYD_OWN_NEW")
+            table.chains["TPROXYD_OWN_RULES"] = rule_chain(ruleset.rules, version, targets, own_traffic=True)
+        if ruleset.refuses:
+            table.chains["TPROXYD_REJECT"] = [_set_mark(ruleset.refusal_mark), {"target": "ACCEPT"}]
     return table
+
+
+def _targets(ruleset: Ruleset, version: int, table: Table, relay: str) -> Targets:
+    """Return where a table's rules lead; what a worker is to refuse must not go by while none renews the lease."""
+    worker = relay
+    if ruleset.lease and ruleset.refuses and version == 4:
+        worker = "TPROXYD_WORKER"
+        unless = {"set": {"match-set": ["!", lease_name(version), "src"]}}
+        table.chains[worker] = [{**unless, "target": "DROP"}, {"target": {"goto": relay}}]
+    return Targets(relay={"goto": relay}, refuse={"goto": "TPROXYD_REJECT"}, worker={"goto": worker})
+
+
+def _unless_decided(ruleset: Ruleset) -> list[Rule]:
+    """What is to be refused goes on to table filter."""
+    refused: Rule = {"mark": {"mark": shown(ruleset.refusal_mark)}, "target": "ACCEPT"}
+    return [refused] if ruleset.refuses else []
+
+
+def _remember_let_by(ruleset: Ruleset, table: Table) -> None:
+    """Mark the connections of clients that the kernel forwards, and take the mark off what tproxyd connects."""
+    mark = ruleset.client_mark
+    table.jumps.setdefault("FORWARD", []).append({"target": "TPROXYD_LET_BY"})
+    table.chains["TPROXYD_LET_BY"] = [
+        {
+            "in-interface": name,
+            "protocol": protocol,
+            "conntrack": {"ctdir": "ORIGINAL"},
+            "target": {"CONNMARK": {"set-xmark": f"{mark.value:#x}/{mark.mask:#x}"}},
+        }
+        for name in ruleset.interfaces
+        for protocol in ("tcp", "udp")
+    ]
+    table.jumps.setdefault("OUTPUT", []).append({"target": "TPROXYD_TAKEN"})
+    unmark = {"target": {"CONNMARK": {"set-xmark": f"0x0/{mark.mask:#x}"}}}
+    table.chains["TPROXYD_TAKEN"] = [{"mark": {"mark": shown(ruleset.server_mark)}, **unmark}]
+
+
+def _asking_rules(
+    ruleset: Ruleset, version: int, otherwise: Rule, networks: AbstractSet[Network] = frozenset(Network)
+) -> list[Rule]:
+    """Ask the policy about what would be intercepted; without one, go on at once."""
+    if ruleset.rules:
+        return _flows(ruleset, version, {"goto": "TPROXYD_RULES"}, networks)
+    return [{"target": otherwise}] if networks == frozenset(Network) else _flows(ruleset, version, otherwise, networks)
 
 
 def _own_traffic(ruleset: Ruleset, version: int) -> list[Rule]:
@@ -262,16 +352,16 @@ def _own_traffic(ruleset: Ruleset, version: int) -> list[Rule]:
 
     The connection's mark remembers which ones: those that ran before go on as they are.
     """
+    leased: Rule = {"set": {"match-set": [lease_name(version), "src"]}} if ruleset.lease else {}
     return [
-        {"mark": {"mark": _shown(ruleset.client_mark)}, "target": "RETURN"},
-        {"mark": {"mark": _shown(ruleset.server_mark)}, "target": "RETURN"},
+        {"mark": {"mark": shown(ruleset.client_mark)}, "target": "RETURN"},
+        {"mark": {"mark": shown(ruleset.server_mark)}, "target": "RETURN"},
         {"conntrack": {"ctdir": "REPLY"}, "target": "RETURN"},
-        *_unless_leased(ruleset, version),
-        {"connmark": {"mark": _shown(ruleset.mark)}, "target": {"goto": "TPROXYD_OURS"}},
+        {**leased, "connmark": {"mark": shown(ruleset.mark)}, "target": {"goto": "TPROXYD_OURS"}},
         {"conntrack": {"ctstate": ["!", "NEW"]}, "target": "RETURN"},
         _UNLESS_SYN,
         *_stays_in_kernel(ruleset, version),
-        *_flows(ruleset, version, {"goto": "TPROXYD_OWN_NEW"}),
+        *_flows(ruleset, version, {"goto": "TPROXYD_OWN_RULES" if ruleset.rules else "TPROXYD_OWN_NEW"}),
     ]
 
 
@@ -303,7 +393,7 @@ def _unless_answer(ruleset: Ruleset, version: int) -> list[Rule]:
     """UDP flows that came from the other side: their answers are no new flows, and only raw can say so."""
     if version not in _inbound_versions(ruleset):
         return []
-    ours = {"socket": _OUR_SOCKET | {"restore-skmark": ""}, "mark": {"mark": _shown(ruleset.client_mark)}}
+    ours = {"socket": _OUR_SOCKET | {"restore-skmark": ""}, "mark": {"mark": shown(ruleset.client_mark)}}
     return [
         {"protocol": "udp", **ours, "target": {"goto": "TPROXYD_PORTS"}},
         {"protocol": "udp", "set": {"match-set": [_inbound_name(version), "dst,dst,src"]}, "target": "RETURN"},
@@ -318,7 +408,7 @@ def _answers(ruleset: Ruleset, version: int) -> list[Rule]:
         if (intercept.network, intercept.version) == (Network.UDP, version):
             rules += [
                 {"protocol": "udp", **ports, "socket": _OUR_SOCKET, "target": {"goto": "TPROXYD_OURS"}}
-                for ports in _port_matches(intercept, "sport")
+                for ports in port_matches(Network.UDP, sport=intercept.ports)
             ]
     return rules
 
@@ -347,35 +437,8 @@ def _flows(
         {"protocol": str(intercept.network), **ports, "target": target}
         for intercept in ruleset.intercepts
         if intercept.version == version and intercept.network in networks
-        for ports in _port_matches(intercept)
+        for ports in port_matches(intercept.network, dport=intercept.ports)
     ]
-
-
-def _port_matches(intercept: Intercept, which: str = "dport") -> Iterator[Rule]:
-    for ports in _groups(intercept.ports):
-        if len(ports) == 1:
-            yield {str(intercept.network): {which: _range(ports[0])}}
-        else:
-            yield {"multiport": {f"{which}s": ",".join(_range(each) for each in ports)}}
-
-
-def _groups(ports: Iterable[PortRange]) -> Iterator[list[PortRange]]:
-    """Split ports into what one multiport match can hold: 15 slots, two for a range."""
-    group: list[PortRange] = []
-    used = 0
-    for each in ports:
-        slots = 1 if each.first == each.last else 2
-        if used + slots > _MULTIPORT_SLOTS:
-            yield group
-            group, used = [], 0
-        group.append(each)
-        used += slots
-    if group:
-        yield group
-
-
-def _range(ports: PortRange) -> str:
-    return str(ports.first) if ports.first == ports.last else f"{ports.first}:{ports.last}"
 
 
 def _tproxy(intercept: Intercept, mark: Mark) -> Rule:
@@ -387,13 +450,8 @@ def _tproxy(intercept: Intercept, mark: Mark) -> Rule:
     return {"protocol": str(intercept.network), "target": {"TPROXY": options}}
 
 
-def _set_mark(ruleset: Ruleset) -> Rule:
-    return {"target": {"MARK": {"set-xmark": f"{ruleset.mark.value:#x}/{ruleset.mark.mask:#x}"}}}
-
-
-def _shown(mark: Mark) -> str:
-    """As a match is listed: without a mask that has all bits."""
-    return f"{mark.value:#x}" if mark.mask == 0xFFFFFFFF else f"{mark.value:#x}/{mark.mask:#x}"
+def _set_mark(mark: Mark) -> Rule:
+    return {"target": {"MARK": {"set-xmark": f"{mark.value:#x}/{mark.mask:#x}"}}}
 
 
 def _set_name(prefix_set: PrefixSet) -> str:

@@ -25,6 +25,7 @@ from tproxyd.errors import KernelUnsupported, PermissionDenied, RulesetError, Tr
 from tproxyd.netfilter import ipset, iptables
 from tproxyd.netfilter.child import in_child
 from tproxyd.netfilter.iptables import CHAIN_PREFIX, IpSet, Table, Tables
+from tproxyd.netfilter.iptables_match import Rule
 from tproxyd.netfilter.plan import Ruleset
 
 if TYPE_CHECKING:
@@ -39,11 +40,12 @@ _LOCK_FILE: Final = "/run/xtables.lock"
 _LOCK_WAIT_S: Final = 5.0
 _LOCK_RETRY_S: Final = 0.05
 _EXTENSIONS: Final = (
-    *("addrtype", "conntrack", "connmark", "mark", "multiport", "set", "socket"),
-    *("CONNMARK", "CT", "MARK", "SET", "TPROXY"),
+    *("addrtype", "comment", "conntrack", "connmark", "mark", "multiport", "set", "socket"),
+    *("CONNMARK", "CT", "MARK", "REJECT", "SET", "TPROXY"),
 )
 _SHOWN_PREFIXES: Final = 20
-_NO_TABLES: Final[Tables] = {"mangle": Table({}, {}), "raw": Table({}, {})}
+_NO_TABLES: Final[Tables] = {name: Table({}, {}) for name in iptables.TABLES}
+_ALWAYS: Final = ("mangle", "raw")
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +60,7 @@ _NOTHING: Final = State((), dict.fromkeys(_VERSIONS, _NO_TABLES))
 
 
 class IptablesPart:
-    """The chains TPROXYD* in raw and mangle, what leads to them, and the ipsets tproxyd_*."""
+    """The chains TPROXYD* in raw, mangle and filter, what leads to them, and the ipsets tproxyd_*."""
 
     name = "iptables"
 
@@ -110,7 +112,7 @@ def tables_in_use() -> bool:
             return True
     except (KernelUnsupported, PermissionDenied):
         pass
-    exist = any({"raw", "mangle"} & _existing(version) for version in _VERSIONS)
+    exist = any({*_ALWAYS} & _existing(version) for version in _VERSIONS)
     return exist and find_spec("iptc") is not None
 
 
@@ -191,8 +193,11 @@ def _in_family(function: Callable[Concatenate[int, _P], _T], version: int, *args
     return in_child(function, version, *args, **kwargs)
 
 
-def _library() -> Any:
-    """Import python-iptables; it must not create the tables that we don't need while it looks for chains."""
+def _library(*more: str) -> Any:
+    """Import python-iptables; it must not create the tables that we don't need while it looks for chains.
+
+    It looks for them in the tables that every ruleset has something in, and in those named here.
+    """
     try:
         with _short_cuts():
             import iptc
@@ -200,7 +205,7 @@ def _library() -> Any:
         raise KernelUnsupported(
             "python-iptables is not installed: pip install tproxyd[iptables], or set interception.ruleset: nftables"
         ) from error
-    iptc.Table.ALL = iptc.Table6.ALL = list(_NO_TABLES)
+    iptc.Table.ALL = iptc.Table6.ALL = list(dict.fromkeys((*_ALWAYS, *more)))
     return iptc
 
 
@@ -260,8 +265,8 @@ def _write(version: int, name: str, wanted: Table) -> None:
 
 
 def _read(kernel: iptc.Table) -> Table:
-    jumps: dict[str, list[iptables.Rule]] = {}
-    chains: dict[str, list[iptables.Rule]] = {}
+    jumps: dict[str, list[Rule]] = {}
+    chains: dict[str, list[Rule]] = {}
     for chain in kernel.chains:
         if chain.name.startswith(CHAIN_PREFIX):
             chains[chain.name] = [_decoded(rule) for rule in chain.rules]
@@ -270,10 +275,10 @@ def _read(kernel: iptc.Table) -> Table:
     return Table(jumps, chains)
 
 
-def _decoded(rule: iptc.Rule) -> iptables.Rule:
+def _decoded(rule: iptc.Rule) -> Rule:
     import iptc
 
-    decoded: iptables.Rule = iptc.easy.decode_iptc_rule(rule, ipv6=isinstance(rule, iptc.Rule6))
+    decoded: Rule = iptc.easy.decode_iptc_rule(rule, ipv6=isinstance(rule, iptc.Rule6))
     decoded.pop("counters", None)
     return decoded
 
@@ -312,7 +317,7 @@ def _add_ours(kernel: iptc.Table, wanted: Table, *, ipv6: bool) -> None:
             iptc.Chain(kernel, name).insert_rule(_encoded(rule, ipv6=ipv6), place)
 
 
-def _encoded(rule: iptables.Rule, *, ipv6: bool) -> iptc.Rule:
+def _encoded(rule: Rule, *, ipv6: bool) -> iptc.Rule:
     """Make the library's rule of ours, and make good what it gets wrong for IPv6 (1.2.0).
 
     Its interface masks compare the lowest bit of each letter: `-i lan0` would take lan2, and lan0 counts as lo.
@@ -334,7 +339,7 @@ def _compare(what: str, held: Table, wanted: Table) -> None:
 
 
 def _open(version: int, name: str) -> iptc.Table:
-    iptc = _library()
+    iptc = _library(name)
     return (iptc.Table if version == 4 else iptc.Table6)(name, autocommit=False)
 
 

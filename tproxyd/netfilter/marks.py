@@ -23,6 +23,8 @@ from tproxyd.netfilter.plan import Ruleset
 _ALL_BITS: Final = 0xFFFFFFFF
 _OUR_TABLES: Final = "tproxyd"
 _META_MARK: Final = {"meta": {"key": "mark"}}
+_CT_MARK: Final = {"ct": {"key": "mark"}}
+_SETS_CONNECTION: Final = "sets the connection's mark to"
 _WIDEST_RANGE: Final = 4096
 _SAVE_WAIT_S: Final = 20
 
@@ -35,6 +37,7 @@ _OPTIONS: Final = {
     ("mark", "--mark"): "matches",
     ("MARK", "--set-xmark"): "sets",
     ("TPROXY", "--tproxy-mark"): "sets",
+    ("CONNMARK", "--set-xmark"): _SETS_CONNECTION,
 }
 """By match or target (connmark and CONNMARK have the same options), what the option does to the mark. iptables-save
 writes all of --set-mark, --or-mark, --and-mark and --xor-mark as --set-xmark."""
@@ -59,7 +62,7 @@ def check_marks(ruleset: Ruleset) -> None:
         RulesetError: a rule could put one of our marks on foreign packets, or would take ours for its own.
     """
     for use in (*_nftables_uses(), *_iptables_uses()):
-        for key in ("mark", "client_mark", "server_mark"):
+        for key in _keys(ruleset, use):
             mark = getattr(ruleset, key)
             if key == "mark" and (use.what, use.value, use.mask) == ("matches", mark.value, mark.mask):
                 continue
@@ -69,6 +72,13 @@ def check_marks(ruleset: Ruleset) -> None:
                     f"mark {mark} is in use: {use.where} {use.what} {use.value:#x}/{use.mask:#x}: "
                     f"set another interception.{key}"
                 )
+
+
+def _keys(ruleset: Ruleset, use: Use) -> tuple[str, ...]:
+    """Our marks that this use could be mistaken for; of connections, those that we mark ourselves."""
+    if use.what == _SETS_CONNECTION:
+        return ("mark", "client_mark") if ruleset.own_traffic else ("client_mark",)
+    return ("mark", "client_mark", "server_mark")
 
 
 def nft_uses(listing: list[dict[str, Any]]) -> Iterator[Use]:
@@ -127,9 +137,8 @@ def _saved(command: str) -> str:
 
 
 def _statement_uses(statement: dict[str, Any]) -> Iterator[tuple[str, int, int]]:
-    if (mangle := statement.get("mangle")) and mangle["key"] == _META_MARK:
-        for value, mask in _results(mangle["value"]):
-            yield "sets", value, mask
+    if mangle := statement.get("mangle"):
+        yield from _mangled(mangle)
     elif (match := statement.get("match")) and (mask := _matched_bits(match["left"])):
         if match["op"] == "==":
             for value in _values(match["right"]):
@@ -140,6 +149,12 @@ def _statement_uses(statement: dict[str, Any]) -> Iterator[tuple[str, int, int]]
         for wanted, _verdict in vmap["data"]["set"]:
             for value in _values(wanted):
                 yield "matches", value, _ALL_BITS
+
+
+def _mangled(mangle: dict[str, Any]) -> Iterator[tuple[str, int, int]]:
+    for mark, what in ((_META_MARK, "sets"), (_CT_MARK, _SETS_CONNECTION)):
+        if mangle["key"] == mark:
+            yield from ((what, value, mask) for value, mask in _results(mangle["value"], mark))
 
 
 def _any_of(mask: int) -> Iterator[tuple[str, int, int]]:
@@ -159,19 +174,24 @@ def _matched_bits(left: Any) -> int:
     return 0
 
 
-def _results(value: Any) -> Iterator[tuple[int, int]]:
-    """Return what a statement may make of the packet mark, as value and mask of the bits that it determines."""
+def _results(value: Any, before: dict[str, dict[str, str]]) -> Iterator[tuple[int, int]]:
+    """Return what a statement may make of a mark, as value and mask of the bits that it determines.
+
+    Args:
+        value: its right-hand side.
+        before: the expression that stands for the mark as it was.
+    """
     if isinstance(value, int):
         yield value, _ALL_BITS
-    elif value == _META_MARK:
+    elif value == before:
         yield 0, 0
     elif isinstance(value, dict) and isinstance(value.get("map", {}).get("data"), dict):
         for _key, result in value["map"]["data"]["set"]:
-            yield from _results(result)
+            yield from _results(result, before)
     elif isinstance(value, dict) and (operator := next(iter(value))) in ("&", "|", "^"):
         left, right = value[operator][0], value[operator][1]
         if isinstance(right, int):
-            for known, mask in _results(left):
+            for known, mask in _results(left, before):
                 yield {
                     "&": (known & right, mask | (~right & _ALL_BITS)),
                     "|": (known | right, mask | right),

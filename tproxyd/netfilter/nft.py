@@ -6,12 +6,13 @@ written the way `nft list table` shows it, so that the two can be compared by ey
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from collections.abc import Set as AbstractSet
 from typing import TYPE_CHECKING, Final
 
 from tproxyd.flow import Network
+from tproxyd.netfilter.nft_rules import members, rule_lines
 from tproxyd.netfilter.plan import INBOUND_S, Intercept, PrefixSet, Ruleset
+from tproxyd.netfilter.rules import RulePrefixes, with_refusals_left_to_workers
 
 if TYPE_CHECKING:
     from tproxyd.config import Mark
@@ -40,7 +41,7 @@ def render(ruleset: Ruleset) -> str:
 def table(ruleset: Ruleset) -> str:
     """Return the table alone, as `nft list table inet tproxyd` would show it."""
     blocks = [f'\tcomment "{OWNER_COMMENT}"\n']
-    blocks += [_prefix_set(prefix_set) for prefix_set in ruleset.excluded]
+    blocks += [_prefix_set(prefix_set) for prefix_set in ruleset.prefix_sets]
     if ruleset.lease:
         blocks.append(f"\tset {LEASE_SET} {{\n\t\ttype nf_proto\n\t\tflags timeout\n\t}}\n")
     blocks += [_inbound_set(version) for version in inbound_versions(ruleset)]
@@ -58,11 +59,16 @@ def chains(ruleset: Ruleset) -> dict[str, list[str]]:
     found = {
         "intercept": _intercept_chain(ruleset),
         "new_flow": _new_flow(ruleset),
-        "to_listener": _to_listener(ruleset, "notrack "),
+        "to_listener": [*_unless_leased(ruleset), *_to_listener(ruleset, "notrack ")],
         "divert": _divert_chain(ruleset),
         "client_side": [
             "type filter hook output priority raw; policy accept;",
             f'oifname != "lo" {_matches(ruleset.client_mark)} notrack',
+        ],
+        "let_by": _let_by_chain(ruleset),
+        "taken": [
+            "type filter hook output priority mangle; policy accept;",
+            f"{_matches(ruleset.server_mark)} {_unset(ruleset.client_mark, 'ct mark')}",
         ],
     }
     if not ruleset.lease:
@@ -70,13 +76,17 @@ def chains(ruleset: Ruleset) -> dict[str, list[str]]:
             "fib saddr type local drop",
             "ct direction reply return",
             *_stays_in_kernel(ruleset),
+            *_asking_rules(ruleset, "rules", {Network.TCP}),
             *_to_listener(ruleset, networks={Network.TCP}),
         ]
     if inbound_versions(ruleset):
         found["inbound"] = _inbound_chain(ruleset)
+    if ruleset.rules:
+        found |= _rule_chains(ruleset)
     if ruleset.own_traffic:
         found["own_output"] = _own_output_chain(ruleset)
         found["own_flow"] = [
+            *([f"{_matches(ruleset.refusal_mark)} return"] if ruleset.refuses else []),
             f"{_SYN} goto own_new_flow",
             "meta l4proto udp goto own_new_flow",
             f"{_FOREIGN_LISTENER} goto own_new_flow",
@@ -127,6 +137,7 @@ def _divert_chain(ruleset: Ruleset) -> list[str]:
         "type filter hook prerouting priority mangle + 5; policy accept;",
         f"{_matches(ruleset.mark)} return",
         f"{_NOT_RELAYED} return",
+        f"{_matches(ruleset.client_mark, 'ct mark')} return",
         f"{_connected(ruleset.server_mark)} {_set(ruleset.mark)} return",
         *_unless_relayed_answer(ruleset),
         f"{_FOREIGN_LISTENER} return",
@@ -137,6 +148,19 @@ def _divert_chain(ruleset: Ruleset) -> list[str]:
     return lines
 
 
+def _let_by_chain(ruleset: Ruleset) -> list[str]:
+    """Remember the connections of clients that the kernel forwards: they stay forwarded, whatever rules come.
+
+    Their answers are no sockets' of ours, even where one is bound to the client's address and port. What tproxyd
+    connects later with the same four-tuple is not among them.
+    """
+    forwarded = f"iifname {_interfaces(ruleset)} meta l4proto {{ tcp, udp }} ct direction original"
+    return [
+        "type filter hook forward priority mangle; policy accept;",
+        f"{forwarded} {_set(ruleset.client_mark, 'ct mark')}",
+    ]
+
+
 def _unless_relayed_answer(ruleset: Ruleset) -> list[str]:
     """A full cone takes datagrams from anyone; not from those whom its client reaches past tproxyd."""
     lines = [
@@ -145,7 +169,7 @@ def _unless_relayed_answer(ruleset: Ruleset) -> list[str]:
         if prefix_set.field == "destination"
     ]
     ports = next((each.ports for each in ruleset.intercepts if each.network is Network.UDP), ())
-    return [*lines, f"udp sport != {_members(str(port) for port in ports)} return"] if ports else lines
+    return [*lines, f"udp sport != {members(str(port) for port in ports)} return"] if ports else lines
 
 
 def _inbound_chain(ruleset: Ruleset) -> list[str]:
@@ -167,11 +191,39 @@ def _new_flow(ruleset: Ruleset) -> list[str]:
     return [
         "fib saddr type local drop",
         *_stays_in_kernel(ruleset),
-        *_unless_leased(ruleset),
         *([ours] if inbound_versions(ruleset) else []),
         *(_answers(version) for version in inbound_versions(ruleset)),
+        *_asking_rules(ruleset, "rules"),
         "goto to_listener",
     ]
+
+
+def _asking_rules(ruleset: Ruleset, chain: str, networks: AbstractSet[Network] = frozenset(Network)) -> list[str]:
+    """Ask the policy about what would be intercepted; what it says nothing about comes back."""
+    intercepts = [each for each in ruleset.intercepts if each.network in networks] if ruleset.rules else []
+    return [f"{_flows(intercept)} jump {chain}" for intercept in intercepts]
+
+
+def _rule_chains(ruleset: Ruleset) -> dict[str, list[str]]:
+    """The policy's rules, and what refuses packets for them.
+
+    `accept` ends this hook only: the packet stays routed. A packet is refused after connection tracking, so that a
+    stateful firewall knows the answer; the box's own once it was turned round, lest the sender get EPERM.
+    """
+    refuse = f"{_set(ruleset.refusal_mark)} accept"
+    found = {"rules": rule_lines(ruleset.rules, refuse, own_traffic=False)}
+    if ruleset.own_traffic:
+        own_rules = with_refusals_left_to_workers(ruleset.rules)
+        to_worker = [*([f"meta nfproto != @{LEASE_SET} drop"] if ruleset.lease else []), "counter return"]
+        found["own_rules"] = rule_lines(own_rules, refuse, own_traffic=True, to_worker=to_worker)
+    if ruleset.refuses:
+        found["refuse"] = [
+            "type filter hook prerouting priority mangle + 6; policy accept;",
+            f"{_matches(ruleset.refusal_mark, negated=True)} return",
+            "meta l4proto tcp reject with tcp reset",
+            "meta l4proto udp reject",  # ICMP port unreachable, as nft lists it
+        ]
+    return found
 
 
 def _to_listener(ruleset: Ruleset, track: str = "", networks: AbstractSet[Network] = frozenset(Network)) -> list[str]:
@@ -196,16 +248,18 @@ def _own_output_chain(ruleset: Ruleset) -> list[str]:
 
     The connection's mark remembers which ones: those that ran before go on as they are.
     """
+    leased = f"meta nfproto @{LEASE_SET} " if ruleset.lease else ""
     return [
         "type route hook output priority mangle; policy accept;",
         f"{_matches(ruleset.client_mark)} return",
         f"{_matches(ruleset.server_mark)} return",
         "ct direction reply return",
-        *_unless_leased(ruleset),
-        f"{_matches(ruleset.mark, 'ct mark')} {_set(ruleset.mark)} return",
+        f"{leased}{_matches(ruleset.mark, 'ct mark')} {_set(ruleset.mark)} return",
         "ct state != new return",
         f"{_NOT_SYN} return",
         *_stays_in_kernel(ruleset),
+        *_asking_rules(ruleset, "own_rules"),
+        *_unless_leased(ruleset),
         *(f"{_flows(each)} {_set(ruleset.mark, 'ct mark')} {_set(ruleset.mark)}" for each in ruleset.intercepts),
     ]
 
@@ -229,7 +283,7 @@ def _tproxy(intercept: Intercept, track: str, mark: Mark) -> str:
 
 
 def _flows(intercept: Intercept) -> str:
-    ports = _members(str(ports) for ports in intercept.ports)
+    ports = members(str(ports) for ports in intercept.ports)
     return f"meta nfproto ipv{intercept.version} {intercept.network} dport {ports}"
 
 
@@ -241,7 +295,7 @@ def _inbound_set(version: int) -> str:
     )
 
 
-def _prefix_set(prefix_set: PrefixSet) -> str:
+def _prefix_set(prefix_set: PrefixSet | RulePrefixes) -> str:
     elements = ",\n\t\t\t     ".join(prefix_set.prefixes)
     return (
         f"\tset {prefix_set.name} {{\n\t\ttype ipv{prefix_set.version}_addr\n\t\tflags interval\n"
@@ -254,16 +308,15 @@ def _chain(name: str, lines: list[str]) -> str:
 
 
 def _interfaces(ruleset: Ruleset) -> str:
-    return _members(f'"{name}"' for name in ruleset.interfaces)
+    return members(f'"{name}"' for name in ruleset.interfaces)
 
 
-def _members(items: Iterable[str]) -> str:
-    members = list(items)
-    return members[0] if len(members) == 1 else "{ " + ", ".join(members) + " }"
+def _matches(mark: Mark, what: str = "meta mark", *, negated: bool = False) -> str:
+    return f"{what} & 0x{mark.mask:08x} {'!=' if negated else '=='} 0x{mark.value:08x}"
 
 
-def _matches(mark: Mark, what: str = "meta mark") -> str:
-    return f"{what} & 0x{mark.mask:08x} == 0x{mark.value:08x}"
+def _unset(mark: Mark, what: str) -> str:
+    return f"{what} set {what} & 0x{~mark.mask & 0xFFFFFFFF:08x}"
 
 
 def _set(mark: Mark, what: str = "meta mark") -> str:

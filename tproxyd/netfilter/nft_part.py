@@ -72,18 +72,19 @@ class NftPart:
         held = libnftables.run_json(f"list table {nft.TABLE}")
         ruleset = self._wanted()
         chains = nft.chains(ruleset)
+        names = {prefix_set.name for prefix_set in ruleset.prefix_sets}
         wanted = {
             "chains": len(chains),
             "rules": sum(len([line for line in lines if not line.startswith("type ")]) for lines in chains.values()),
-            "sets": len(ruleset.excluded) + ruleset.lease + len(nft.inbound_versions(ruleset)),
-            "prefixes": sum(len(prefix_set.prefixes) for prefix_set in ruleset.excluded),
+            "sets": len(names) + ruleset.lease + len(nft.inbound_versions(ruleset)),
+            "prefixes": sum(len(prefix_set.prefixes) for prefix_set in ruleset.prefix_sets),
         }
         sets = [item["set"] for item in held if "set" in item]
         seen = {
             "chains": sum("chain" in item for item in held),
             "rules": sum("rule" in item for item in held),
             "sets": len(sets),
-            "prefixes": sum(len(item.get("elem", [])) for item in sets if item["name"].startswith("excluded_")),
+            "prefixes": sum(len(item.get("elem", [])) for item in sets if item["name"] in names),
         }
         if seen != wanted:
             raise RulesetError(f"nftables took the ruleset, but shows {seen} in place of {wanted}")

@@ -7,11 +7,16 @@ never intercepted, which packets count) stands here.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
-from ipaddress import IPv4Network, IPv6Network, collapse_addresses, ip_network
+from dataclasses import dataclass, replace
+from functools import reduce
+from ipaddress import IPv4Network, IPv6Network, ip_network
+from operator import or_
 from typing import TYPE_CHECKING, Final, Literal
 
-from tproxyd.flow import Network
+from tproxyd.flow import Action, Network
+from tproxyd.netfilter.rules import KernelRule, RulePrefixes, as_asked, collapsed, kernel_rules
+from tproxyd.policy import Field, Rules
+from tproxyd.policy.explain import Surroundings
 
 if TYPE_CHECKING:  # who only removes rules, or renews a lease, needs no pydantic
     from tproxyd.config import Config, Mark, PortRange
@@ -72,10 +77,12 @@ class Ruleset:
     """Everything the netfilter back ends and policy routing need to know.
 
     Attributes:
+        rules: what the kernel itself can decide of the policy, in its order.
         lease: interception holds only while the daemon renews its lease (`on_failure: open`).
         mark: set on packets that the kernel hands to tproxyd; policy routing delivers them locally.
         client_mark: SO_MARK of client-side sockets; their packets stay out of connection tracking, because
-            with the same four-tuple on both sides two connections would share one entry.
+            with the same four-tuple on both sides two connections would share one entry. As the mark of a tracked
+            connection it therefore means the opposite: a client's, that was let by.
         server_mark: SO_MARK of server-side sockets.
     """
 
@@ -90,6 +97,30 @@ class Ruleset:
     server_mark: Mark
     route_table: int
     rule_priority: int
+    rules: tuple[KernelRule, ...] = ()
+
+    @property
+    def prefix_sets(self) -> tuple[PrefixSet | RulePrefixes, ...]:
+        """All sets of prefixes."""
+        return (*self.excluded, *self.rule_sets)
+
+    @property
+    def rule_sets(self) -> tuple[RulePrefixes, ...]:
+        """The sets that rules look into; a prefix alone needs none."""
+        asked = (each for rule in self.rules for each in (rule.sources, rule.destinations))
+        return tuple(dict.fromkeys(each for each in asked if each is not None and len(each.prefixes) > 1))
+
+    @property
+    def refuses(self) -> bool:
+        """Whether some rule is answered with a reset or an ICMP error."""
+        return any(rule.action is Action.REJECT for rule in self.rules)
+
+    @property
+    def refusal_mark(self) -> Mark:
+        """Set on packets that the box is to refuse. No other packet bears all three: a socket has one mark or other."""
+        marks = (self.mark, self.client_mark, self.server_mark)
+        value, mask = (reduce(or_, each) for each in zip(*((mark.value, mark.mask) for mark in marks), strict=True))
+        return replace(self.mark, value=value, mask=mask)
 
 
 def plan(config: Config) -> Ruleset:
@@ -122,6 +153,36 @@ def plan(config: Config) -> Ruleset:
         server_mark=wanted.server_mark,
         route_table=wanted.route_table,
         rule_priority=wanted.rule_priority,
+        rules=tuple(
+            kernel_rule
+            for rule in rules_of(config).until_packets_do_not_tell()
+            for kernel_rule in kernel_rules(rule, versions, config.listeners[0].name)
+        ),
+    )
+
+
+def rules_of(config: Config) -> Rules:
+    """Return the policy of a configuration."""
+    from tproxyd.config import policy_rules  # whoever has a Config has pydantic
+
+    return Rules(policy_rules(config.rules), config.default)
+
+
+def surroundings(ruleset: Ruleset, config: Config) -> Surroundings:
+    """Return what decides before the policy, for `explain`."""
+    excluded: dict[Field, tuple[Prefix, ...]] = {}
+    for prefix_set in ruleset.excluded:
+        field = Field(prefix_set.field)
+        excluded[field] = (*excluded.get(field, ()), *map(ip_network, prefix_set.prefixes))
+    return Surroundings(
+        interfaces=ruleset.interfaces,
+        own_traffic=ruleset.own_traffic,
+        ports={
+            (each.network, each.version): tuple((ports.first, ports.last) for ports in each.ports)
+            for each in ruleset.intercepts
+        },
+        excluded=excluded,
+        kernel_refuses_udp4=config.interception.ruleset == "nftables",
     )
 
 
@@ -133,8 +194,7 @@ def _prefix_set(
 ) -> PrefixSet:
     prefixes = [ip_network(prefix) for prefix in never[version]]
     prefixes += [prefix for prefix in configured if prefix.version == version]
-    collapsed = collapse_addresses(prefixes)  # type: ignore[type-var]  # one version only
-    return PrefixSet(field, version, tuple(str(prefix) for prefix in collapsed))
+    return PrefixSet(field, version, collapsed(prefixes))
 
 
 def as_json(ruleset: Ruleset) -> dict[str, object]:
@@ -151,6 +211,7 @@ def as_json(ruleset: Ruleset) -> dict[str, object]:
             }
             for intercept in ruleset.intercepts
         ],
+        "rules": [as_asked(rule) for rule in ruleset.rules],
         "own_traffic": ruleset.own_traffic,
         "on_failure": "open" if ruleset.lease else "closed",
         "mark": str(ruleset.mark),

@@ -1,22 +1,13 @@
-"""Which backend takes a flow, and by which rule: pure, no sockets, no clock."""
+"""Which rule takes a flow, and what becomes of it: pure, no sockets, no clock.
 
-from __future__ import annotations
+rule       a rule as values; the naive evaluator
+table      number -> which rules take it
+address    address -> number
+compiled   rules -> the form in which a worker asks them
+explain    why a flow is decided as it is, for people
+"""
 
-from dataclasses import dataclass
+from tproxyd.policy.compiled import Policy, pack
+from tproxyd.policy.rule import DEFAULT, Field, Match, Rule, Rules, decide_naively, refusal
 
-from tproxyd.flow import Decision, Flow
-
-
-@dataclass(frozen=True, slots=True)
-class Policy:
-    """First match wins; the last word is `default`.
-
-    Attributes:
-        default: name of the backend for flows that no rule takes.
-    """
-
-    default: str
-
-    def decide(self, flow: Flow) -> Decision:  # noqa: ARG002  # rules come with the other backends
-        """Return the decision for a flow; the same flow always gets the same one."""
-        return Decision(rule="default", backend=self.default)
+__all__ = ["DEFAULT", "Field", "Match", "Policy", "Rule", "Rules", "decide_naively", "pack", "refusal"]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from tproxyd.flow import FlowEnd
 from tproxyd.policy import Policy
 from tproxyd.relay.backends.direct import Direct
-from tproxyd.relay.counters import Counters
+from tproxyd.relay.counters import Counters, RuleCounters
 from tproxyd.relay.icmp import IcmpSender
 from tproxyd.relay.limits import FlowLimits
 from tproxyd.relay.poller import Poller
@@ -30,6 +30,7 @@ class Context:
     backends: dict[str, Direct]
     limits: FlowLimits
     counters: Counters
+    rule_counters: RuleCounters
     icmp: IcmpSender
     listener: str
     on_end: Callable[[FlowEnd], None] | None

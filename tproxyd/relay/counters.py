@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 
 
@@ -28,3 +29,14 @@ class Counters:
     def as_dict(self) -> dict[str, int]:
         """All counters by name."""
         return asdict(self)
+
+
+class RuleCounters(dict[str, int]):
+    """How many flows each rule took, by its name, in the policy's order; of a refused UDP flow each datagram.
+
+    What the kernel carries out, it counts itself (`nft list table inet tproxyd`).
+    """
+
+    def __init__(self, names: Iterable[str]) -> None:
+        """Begin at 0. Args: names: of the rules, and of the last word."""
+        super().__init__(dict.fromkeys(names, 0))

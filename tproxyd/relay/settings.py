@@ -31,7 +31,6 @@ class RelaySettings:
 
     listener: str
     backends: dict[str, DirectSettings]
-    default: str
     connect_s: float
     tcp_idle_s: float
     udp_idle_s: float

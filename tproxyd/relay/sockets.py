@@ -23,6 +23,8 @@ IPV6_TRANSPARENT: Final = 75
 IP_RECVORIGDSTADDR: Final = 20
 IPV6_RECVORIGDSTADDR: Final = 74
 IP_PKTINFO: Final = 8
+IP_PKTOPTIONS: Final = 9
+IPV6_2292PKTOPTIONS: Final = 6
 IP_RECVERR: Final = 11
 IPV6_RECVERR: Final = 25
 IP_BIND_ADDRESS_NO_PORT: Final = 24
@@ -34,7 +36,8 @@ LINGER_OFF: Final = struct.pack("ii", 0, 0)
 
 BACKLOG: Final = 4096
 UDP_LISTENER_BUFFER_BYTES: Final = 4 << 20
-ORIG_DST_SPACE: Final = socket.CMSG_SPACE(28)
+ORIG_DST_SPACE: Final = socket.CMSG_SPACE(28) + socket.CMSG_SPACE(20)
+"""Room for the original destination, and for the interface of a listener that `ask_interface` was called on."""
 
 CLASHES: Final = frozenset({errno.EADDRNOTAVAIL, errno.EADDRINUSE})
 """What bind and connect answer when someone else has the wanted address and port."""
@@ -43,6 +46,9 @@ _FAMILY: Final = {4: socket.AF_INET, 6: socket.AF_INET6}
 _LEVEL: Final = {4: socket.SOL_IP, 6: SOL_IPV6}
 _TRANSPARENT: Final = {4: socket.IP_TRANSPARENT, 6: IPV6_TRANSPARENT}
 _RECVORIGDSTADDR: Final = {4: IP_RECVORIGDSTADDR, 6: IPV6_RECVORIGDSTADDR}
+_RECVPKTINFO: Final = {4: (socket.SOL_IP, IP_PKTINFO), 6: (SOL_IPV6, socket.IPV6_RECVPKTINFO)}
+_PKTOPTIONS: Final = {4: (socket.SOL_IP, IP_PKTOPTIONS), 6: (SOL_IPV6, IPV6_2292PKTOPTIONS)}
+_CMSG_HEADER: Final = struct.Struct("@Nii")  # struct cmsghdr
 _RECVERR: Final = {4: IP_RECVERR, 6: IPV6_RECVERR}
 _NONBLOCKING_STREAM: Final = socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
 _NONBLOCKING_DATAGRAM: Final = socket.SOCK_DGRAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
@@ -178,6 +184,46 @@ def orig_dst_of_datagram(ancillary: list[tuple[int, int, bytes]]) -> OrigDst | N
         if level == SOL_IPV6 and kind == IPV6_RECVORIGDSTADDR:
             return OrigDst(socket.inet_ntop(socket.AF_INET6, data[8:24]), int.from_bytes(data[2:4], "big"))
     return None
+
+
+def ask_interface(listener: Socket) -> None:
+    """Have what comes in through a listener, connections or datagrams, know the interface that it came in by."""
+    level, option = _RECVPKTINFO[4 if listener.family == socket.AF_INET else 6]
+    listener.setsockopt(level, option, 1)
+
+
+def interface_of_connection(accepted: Socket) -> str:
+    """Return the interface that a connection's SYN came in by; empty where the kernel does not tell.
+
+    Its listener must have been asked (`ask_interface`). The options of the last packet are those of the SYN as long
+    as nobody reads them (IP_PKTOPTIONS, RFC 2292 §4.1): the kernel keeps only the interface and the address.
+    """
+    level, option = _PKTOPTIONS[4 if accepted.family == socket.AF_INET else 6]
+    try:
+        data = accepted.getsockopt(level, option, socket.CMSG_SPACE(20))
+    except OSError:
+        return ""
+    if len(data) < _CMSG_HEADER.size:
+        return ""
+    length, found_level, kind = _CMSG_HEADER.unpack_from(data)
+    return interface_of_datagram([(found_level, kind, data[_CMSG_HEADER.size : length])])
+
+
+def interface_of_datagram(ancillary: list[tuple[int, int, bytes]]) -> str:
+    """Return the interface that a datagram came in by (IP_PKTINFO, ip(7)); empty where none is told, or it is gone."""
+    for level, kind, data in ancillary:
+        if (level, kind) == (socket.SOL_IP, IP_PKTINFO):
+            return _interface_name(struct.unpack_from("@i", data)[0])
+        if (level, kind) == (SOL_IPV6, socket.IPV6_PKTINFO):
+            return _interface_name(struct.unpack_from("@i", data, 16)[0])
+    return ""
+
+
+def _interface_name(number: int) -> str:
+    try:
+        return socket.if_indextoname(number)
+    except OSError:
+        return ""
 
 
 def _transparent(version: int, kind: int, mark: int, protocol: int = 0, *, transparent: bool = True) -> Socket:

@@ -14,7 +14,8 @@ import socket
 from time import monotonic
 from typing import Final
 
-from tproxyd.flow import LOOPBACK, Cause, Client, Decision, Flow, FlowEnd, Layer, Network, OrigDst, Phase
+from tproxyd.flow import LOOPBACK, Action, Cause, Client, Decision, Flow, FlowEnd, Layer, Network, OrigDst, Phase
+from tproxyd.policy import refusal
 from tproxyd.relay import icmp, sockets
 from tproxyd.relay.context import Context
 from tproxyd.relay.pipes import PipePool
@@ -44,6 +45,7 @@ _UNREACHABLE: Final = frozenset(
         *(errno.EACCES, errno.EPERM, errno.ENOPROTOOPT, errno.ENONET),
     }
 )
+_CAUSE_OF_REFUSAL: Final = {Action.REJECT: Cause.REJECTED, Action.DROP: Cause.DROPPED}
 
 
 def cause_of_failed_connect(code: int) -> Cause:
@@ -80,6 +82,8 @@ class TcpRelay:
 
     def listen(self, listener: sockets.Socket) -> None:
         """Take flows in from a listening socket, which is then owned here."""
+        if self.context.policy.asks_interface:
+            sockets.ask_interface(listener)
         self._listeners[listener.fileno()] = listener
         self.poller.register(listener.fileno(), self, LEVEL)
 
@@ -127,22 +131,32 @@ class TcpRelay:
             client_side.close()
             return
         orig_dst = OrigDst(name[0], name[1])
-        seen = Flow(Network.TCP, client, orig_dst, self.context.listener)
         flow = TcpFlow(self, client_side, client, orig_dst)
         if orig_dst.address == LOOPBACK[orig_dst.version]:
             self.counters.refused_loop += 1
             flow.refuse(Cause.LOOP)
+            return
+        decision = self._decide(client_side, client, orig_dst)
+        if (action := refusal(decision)) is not None:
+            self.context.rule_counters[decision.rule] += 1
+            flow.refuse(_CAUSE_OF_REFUSAL[action], decision)
         elif not self.context.limits.take(client.address):
             self.counters.refused_limit += 1
             flow.refuse(Cause.LIMIT)
         else:
+            self.context.rule_counters[decision.rule] += 1
             self.counters.tcp_flows += 1
             self.counters.flows += 1
             self.flows.add(flow)
-            flow.open(self.context.policy.decide(seen))
+            flow.open(decision)
+
+    def _decide(self, client_side: sockets.Socket, client: Client, orig_dst: OrigDst) -> Decision:
+        context = self.context
+        interface = sockets.interface_of_connection(client_side) if context.policy.asks_interface else ""
+        return context.policy.decide(Flow(Network.TCP, client, orig_dst, context.listener, interface))
 
     def describe(self, flow: TcpFlow) -> Flow:
-        """Return the flow as policy saw it."""
+        """Return the flow for its log line."""
         return Flow(Network.TCP, flow.client, flow.orig_dst, self.context.listener)
 
     def started_connecting(self, flow: TcpFlow) -> None:
@@ -238,8 +252,9 @@ class TcpFlow:
         except OSError as error:
             self._fail_to_connect(error.errno or 0)
 
-    def refuse(self, cause: Cause) -> None:
-        """Reset a flow that was never taken in."""
+    def refuse(self, cause: Cause, decision: Decision | None = None) -> None:
+        """Reset a flow that was never taken in: the handshake is over, so silence is no choice even for a `drop`."""
+        self._decision = decision
         self._relay.poller.close_socket(self._client_side)
         self._report(cause)
 

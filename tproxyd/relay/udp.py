@@ -14,7 +14,8 @@ import socket
 from time import monotonic
 from typing import Final
 
-from tproxyd.flow import LOOPBACK, Cause, Client, Decision, Flow, FlowEnd, Layer, Network, OrigDst, Phase
+from tproxyd.flow import LOOPBACK, Action, Cause, Client, Decision, Flow, FlowEnd, Layer, Network, OrigDst, Phase
+from tproxyd.policy import refusal
 from tproxyd.relay import icmp, sockets
 from tproxyd.relay.context import Context
 from tproxyd.relay.poller import LEVEL
@@ -57,6 +58,8 @@ class UdpRelay:
 
     def listen(self, listener: sockets.Socket) -> None:
         """Take flows in from a listening socket, which is then owned here."""
+        if self._context.policy.asks_interface:
+            sockets.ask_interface(listener)
         self._listeners[listener.fileno()] = listener
         self.poller.register(listener.fileno(), self, LEVEL)
 
@@ -94,17 +97,19 @@ class UdpRelay:
             elif not peer[1] or not orig_dst.port:
                 self.drop(f"port 0 can't be answered: {peer[0]} to {orig_dst}")  # connect(2) to port 0 connects nothing
             else:
-                self.take(Client(peer[0], peer[1]), orig_dst, self.buffer[:size])
+                self.take(Client(peer[0], peer[1]), orig_dst, self.buffer[:size], ancillary)
 
     def abort(self, error: Exception) -> None:
         """Nothing to end: listening goes on, `error` has been logged."""
 
-    def take(self, client: Client, orig_dst: OrigDst, payload: memoryview) -> None:
-        """Send a client's datagram on, in its flow or a new one."""
+    def take(
+        self, client: Client, orig_dst: OrigDst, payload: memoryview, ancillary: list[tuple[int, int, bytes]]
+    ) -> None:
+        """Send a client's datagram on, in its flow or a new one; `ancillary` is what came with it."""
         flow = self._flows.get((client, orig_dst))
         if flow is not None:
             flow.to_server(payload)
-        elif (flow := self._open(client, orig_dst)) is not None:
+        elif (flow := self._open(client, orig_dst, len(payload), ancillary)) is not None:
             flow.to_server(payload)
             flow.take_early()
 
@@ -115,7 +120,7 @@ class UdpRelay:
             flow.to_client(payload)
         elif server_side.strangers >= _STRANGERS:
             self.drop(f"{server_side.client} has {_STRANGERS} flows that others began")
-        elif (flow := self._start(server_side, source, invited=False)) is not None:
+        elif (flow := self._start(server_side, source, server_side.decision, invited=False)) is not None:
             flow.to_client(payload)
             flow.take_early()
 
@@ -149,11 +154,22 @@ class UdpRelay:
             self._logged_s = self.poller.now
             _log.warning("UDP datagrams are dropped (%d so far): %s", self.counters.udp_dropped, why)
 
-    def _open(self, client: Client, orig_dst: OrigDst) -> UdpFlow | None:
+    def _open(
+        self, client: Client, orig_dst: OrigDst, size: int, ancillary: list[tuple[int, int, bytes]]
+    ) -> UdpFlow | None:
+        decision = self._decide(client, orig_dst, ancillary)
+        if decision is None:
+            return None
+        if (action := refusal(decision)) is not None:
+            self._context.rule_counters[decision.rule] += 1
+            if action is Action.REJECT:
+                error, now = icmp.PORT_UNREACHABLE[client.version], self.poller.now
+                self.icmp.send(error, Network.UDP, client, orig_dst, payload_bytes=size, now=now)
+            return None
         if not self._limits.has_room(client.address):
             self.counters.refused_limit += 1
             return None
-        decision = self._context.policy.decide(Flow(Network.UDP, client, orig_dst, self._context.listener))
+        self._context.rule_counters[decision.rule] += 1
         backend = self._context.backends[decision.backend]
         server_side = self._server_sides.get((decision.backend, client)) if backend.full_cone else None
         if server_side is None:
@@ -164,15 +180,29 @@ class UdpRelay:
                 return None
             connected = None if backend.full_cone else orig_dst
             server_side = ServerSide(self, sock, client, decision, connected)
-        flow = self._start(server_side, orig_dst)
+        flow = self._start(server_side, orig_dst, decision)
         if not server_side.flows:
             self.poller.close_socket(server_side.sock)
         return flow
 
-    def _start(self, server_side: ServerSide, orig_dst: OrigDst, *, invited: bool = True) -> UdpFlow | None:
+    def _decide(self, client: Client, orig_dst: OrigDst, ancillary: list[tuple[int, int, bytes]]) -> Decision | None:
+        """Ask the policy; None, and the datagram is dropped, where it wants to know an interface that nobody told.
+
+        That happens to what arrived at another flow's socket between its bind and its connect.
+        """
+        context = self._context
+        interface = sockets.interface_of_datagram(ancillary) if context.policy.asks_interface else ""
+        if context.policy.asks_interface and not interface:
+            self.drop(f"no interface is known for {client} to {orig_dst}")
+            return None
+        return context.policy.decide(Flow(Network.UDP, client, orig_dst, context.listener, interface))
+
+    def _start(
+        self, server_side: ServerSide, orig_dst: OrigDst, decision: Decision, *, invited: bool = True
+    ) -> UdpFlow | None:
         """Start a flow; one that a stranger began (`invited` is False) never counts against its client's limit."""
         client = server_side.client
-        flow = UdpFlow(self, server_side, orig_dst, invited=invited)
+        flow = UdpFlow(self, server_side, orig_dst, decision, invited=invited)
         try:
             flow.open()
             if not server_side.flows:
@@ -209,7 +239,7 @@ class UdpRelay:
         self._context.on_end(
             FlowEnd(
                 flow=Flow(Network.UDP, flow.client, flow.orig_dst, self._context.listener),
-                decision=flow.server_side.decision,
+                decision=flow.decision,
                 layer=Layer.COPY,
                 cause=cause,
                 phase=Phase.RELAY,
@@ -316,14 +346,20 @@ class UdpFlow:
         last: monotonic seconds of its last datagram.
     """
 
-    __slots__ = ("_relay", "_sock", "bytes_down", "bytes_up", "invited", "last", "orig_dst", "server_side", "started")
+    __slots__ = (
+        *("_relay", "_sock", "bytes_down", "bytes_up", "decision", "invited", "last", "orig_dst", "server_side"),
+        "started",
+    )
 
-    def __init__(self, relay: UdpRelay, server_side: ServerSide, orig_dst: OrigDst, *, invited: bool) -> None:
+    def __init__(
+        self, relay: UdpRelay, server_side: ServerSide, orig_dst: OrigDst, decision: Decision, *, invited: bool
+    ) -> None:
         """Make a flow without a client side; `open` adds it."""
         self._relay = relay
         self._sock: sockets.Socket | None = None
         self.server_side = server_side
         self.orig_dst = orig_dst
+        self.decision = decision
         self.invited = invited
         self.bytes_up = self.bytes_down = 0
         self.started = self.last = relay.poller.now
@@ -401,7 +437,7 @@ class UdpFlow:
         if client == self.client:
             self.to_server(relay.buffer[:size])
         else:
-            relay.take(client, self.orig_dst, memoryview(bytes(relay.buffer[:size])))
+            relay.take(client, self.orig_dst, memoryview(bytes(relay.buffer[:size])), [])
 
     def to_server(self, payload: memoryview) -> None:
         """Send a datagram of the client on."""

@@ -412,14 +412,13 @@ def test_default_is_not_blamed_for_backends_that_are_wrong():
         ("logging: {format: xml}", '2:19: logging.format: expected text or json, found "xml"'),
         ("logging: {flows: on}", '2:18: logging.flows: expected true or false, found "on"; write true'),
         ("logging: debug", '2:10: logging: expected a mapping, found "debug"'),
-        ("rules: []", "2:1: rules: not in this version; remove it"),
         ("control: {socket: /x}", "2:1: control: not in this version; remove it"),
         ("timeout: {connect: 5s}", "2:1: timeout: unknown key; did you mean timeouts?"),
         (
             "sniff: 5s",
             (
-                "2:1: sniff: unknown key; known here: interception, listeners, backends, default, timeouts, limits, "
-                "workers, user, logging"
+                "2:1: sniff: unknown key; known here: interception, listeners, backends, rules, default, timeouts, "
+                "limits, workers, user, logging"
             ),
         ),
     ],

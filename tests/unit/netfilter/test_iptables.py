@@ -3,9 +3,10 @@ from dataclasses import replace
 import pytest
 
 from tproxyd.config import Mark, PortRange
-from tproxyd.flow import Network
+from tproxyd.flow import Action, Network
 from tproxyd.netfilter import iptables
 from tproxyd.netfilter.plan import INBOUND_S, Intercept, PrefixSet, Ruleset
+from tproxyd.netfilter.rules import KernelRule, RulePrefixes
 
 ALL_PORTS = (PortRange(1, 65535),)
 RULESET = Ruleset(
@@ -82,8 +83,12 @@ def test_ipv6_has_no_broadcast_and_wants_one_rule_for_multicast() -> None:
 
 
 def test_an_open_gateway_wants_a_lease() -> None:
-    assert rules(replace(RULESET, lease=True), 4, "raw", "TPROXYD_NEW")[4] == (
-        "-m set ! --match-set tproxyd_lease_v4 src -j RETURN"
+    unleased = "-m set ! --match-set tproxyd_lease_v4 src -j RETURN"
+    assert rules(replace(RULESET, lease=True), 4, "raw", "TPROXYD_PORTS")[0] == unleased
+    own = replace(RULESET, lease=True, own_traffic=True)
+    assert rules(own, 4, "mangle", "TPROXYD_OWN_NEW")[0] == unleased
+    assert "-m set --match-set tproxyd_lease_v4 src -m connmark --mark 0x1/0x1 -g TPROXYD_OURS" in (
+        rules(own, 4, "mangle", "TPROXYD_OWN")
     )
 
 
@@ -108,7 +113,7 @@ def test_only_a_closed_gateway_takes_connections_that_began_elsewhere() -> None:
 
 def test_udp_flows_from_the_other_side_are_remembered_where_udp_is_intercepted() -> None:
     tables = iptables.tables(RULESET, 4)
-    assert [iptables.line(rule) for rule in tables["mangle"].jumps["FORWARD"]] == ["-j TPROXYD_INBOUND"]
+    assert [iptables.line(rule) for rule in tables["mangle"].jumps["FORWARD"]][:1] == ["-j TPROXYD_INBOUND"]
     assert rules(RULESET, 4, "mangle", "TPROXYD_INBOUND") == [
         f"-o {name} -p udp -m conntrack --ctdir ORIGINAL -j SET --add-set tproxyd_inbound_v4 src,src,dst --exist"
         for name in ("lan0", "lan1")
@@ -136,6 +141,7 @@ def test_marked_packets_go_to_the_listener_unless_a_socket_has_them_already() ->
         f"-i lan0 {udp}",
         f"-i lan1 {syn}",
         f"-i lan1 {udp}",
+        "-m connmark --mark 0x2/0x2 -j RETURN",
         "-p udp -g TPROXYD_ANSWER",
         "-m socket --transparent -g TPROXYD_OURS",
         "-i lan0 -m mark --mark 0x1/0x1 -g TPROXYD_LISTEN",
@@ -148,6 +154,64 @@ def test_marked_packets_go_to_the_listener_unless_a_socket_has_them_already() ->
     ]
     assert rules(RULESET, 6, "mangle", "TPROXYD_LISTEN") == [
         "-p tcp -j TPROXY --on-port 7440 --on-ip ::1 --tproxy-mark 0x1/0x1",
+    ]
+
+
+def test_connections_that_are_let_by_are_remembered_and_those_of_tproxyd_are_not() -> None:
+    assert rules(RULESET, 4, "mangle", "TPROXYD_LET_BY") == [
+        f"-i {name} -p {network} -m conntrack --ctdir ORIGINAL -j CONNMARK --set-xmark 0x2/0x2"
+        for name in ("lan0", "lan1")
+        for network in ("tcp", "udp")
+    ]
+    assert rules(RULESET, 4, "mangle", "TPROXYD_TAKEN") == ["-m mark --mark 0x4/0x4 -j CONNMARK --set-xmark 0x0/0x2"]
+
+
+RULES = (
+    KernelRule("past", Action.BYPASS, 4, destinations=RulePrefixes(4, ("10.0.0.0/8",), "one")),
+    KernelRule("hush", Action.DROP, 4, sources=RulePrefixes(4, ("10.0.0.0/9", "11.0.0.0/8"), "two")),
+    KernelRule("six", Action.DROP, 6, sources=RulePrefixes(6, ("fd00::/8",), "three")),
+    KernelRule("web", None, networks=(Network.TCP,), ports=(PortRange(80, 80), PortRange(443, 443))),
+    KernelRule("no", Action.REJECT, interfaces=("lan0", "lo"), source_ports=(PortRange(1, 9),)),
+)
+
+
+def test_rules_come_between_what_is_known_and_the_listener() -> None:
+    ruleset = replace(RULESET, rules=RULES)
+    assert rules(ruleset, 4, "raw", "TPROXYD_NEW")[-2:] == [
+        "-p tcp -m tcp --dport 1:65535 -g TPROXYD_RULES",
+        "-p udp -m udp --dport 1:65535 -g TPROXYD_RULES",
+    ]
+    assert rules(ruleset, 4, "raw", "TPROXYD_RULES") == [
+        "-d 10.0.0.0/8 -m comment --comment past -j RETURN",
+        "-m set --match-set tproxyd_two src -m comment --comment hush -j DROP",
+        "-p tcp -m multiport --dports 80,443 -m comment --comment web -g TPROXYD_PORTS",
+        "-i lan0 -p udp -m udp --sport 1:9 -m comment --comment no -g TPROXYD_PORTS",
+        "-i lan0 -p tcp -m tcp --sport 1:9 -m comment --comment no -g TPROXYD_REJECT",
+        "-i lan0 -p udp -m udp --sport 1:9 -m comment --comment no -g TPROXYD_REJECT",
+        "-g TPROXYD_PORTS",
+    ]
+    assert rules(ruleset, 6, "raw", "TPROXYD_RULES")[0] == "-s fd00::/8 -m comment --comment six -j DROP"
+    assert [each.name for each in iptables.ip_sets(ruleset) if "two" in each.name] == ["tproxyd_two"]
+    assert not any("three" in each.name or "one" in each.name for each in iptables.ip_sets(ruleset))
+
+
+def test_refused_packets_go_to_table_filter_which_is_not_touched_otherwise() -> None:
+    ruleset = replace(RULESET, rules=RULES)
+    assert rules(ruleset, 4, "raw", "TPROXYD_REJECT") == ["-j MARK --set-xmark 0x7/0x7"]
+    assert rules(ruleset, 4, "mangle", "TPROXYD")[0] == "-m mark --mark 0x7/0x7 -j ACCEPT"
+    tcp = "-p tcp -m mark --mark 0x7/0x7 -j REJECT --reject-with tcp-reset"
+    udp = "-p udp -m mark --mark 0x7/0x7 -j REJECT --reject-with icmp6-port-unreachable"
+    assert rules(ruleset, 4, "filter", "TPROXYD_REFUSE") == [tcp]
+    assert rules(ruleset, 6, "filter", "TPROXYD_REFUSE") == [tcp, udp]
+    for without in (RULESET, replace(RULESET, rules=RULES[:-1])):
+        assert iptables.lines("filter", iptables.tables(without, 4)["filter"]) == []
+
+
+def test_what_a_worker_is_to_refuse_does_not_go_by_without_one() -> None:
+    ruleset = replace(RULESET, rules=RULES, lease=True)
+    assert rules(ruleset, 4, "raw", "TPROXYD_WORKER") == [
+        "-m set ! --match-set tproxyd_lease_v4 src -j DROP",
+        "-g TPROXYD_PORTS",
     ]
 
 
@@ -164,13 +228,14 @@ def test_own_traffic_is_hooked_on_output_and_loopback_only_when_wanted() -> None
         "-m addrtype --dst-type LOCAL,BROADCAST,ANYCAST,MULTICAST -j RETURN",
     ]
     assert "-i lo" in " ".join(rules(replace(RULESET, own_traffic=True), 4, "mangle", "TPROXYD"))
-    assert set(iptables.tables(RULESET, 4)["mangle"].jumps) == {"PREROUTING", "FORWARD"}
+    others = iptables.tables(RULESET, 4)["mangle"]
+    assert "TPROXYD_OWN" not in " ".join(iptables.lines("mangle", others))
     assert "-i lo" not in " ".join(rules(RULESET, 4, "mangle", "TPROXYD"))
 
 
 def test_a_family_that_is_left_out_has_no_rules() -> None:
     tables = iptables.tables(replace(RULESET, versions=(4,)), 6)
-    assert [iptables.lines(name, table) for name, table in tables.items()] == [[], []]
+    assert [iptables.lines(name, table) for name, table in tables.items()] == [[]] * 3
 
 
 @pytest.mark.parametrize(

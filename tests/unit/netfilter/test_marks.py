@@ -10,6 +10,8 @@ from tproxyd.netfilter.marks import Use, iptables_uses, nft_uses
 
 MARK = {"meta": {"key": "mark"}}
 ALL = 0xFFFFFFFF
+CT_MARK = {"ct": {"key": "mark"}}
+CONNECTION = "sets the connection's mark to"
 
 
 def nft(*statements: dict[str, Any], table: str = "theirs") -> list[tuple[str, int, int]]:
@@ -37,6 +39,8 @@ def matches(right: Any, left: Any = MARK, op: str = "==") -> dict[str, Any]:
             sets({"map": {"key": {"numgen": {}}, "data": {"set": [[0, 1], [1, 2]]}}}),
             [("sets", 1, ALL), ("sets", 2, ALL)],
         ),
+        ({"mangle": {"key": CT_MARK, "value": {"|": [CT_MARK, 2]}}}, [(CONNECTION, 2, 2)]),
+        ({"mangle": {"key": CT_MARK, "value": 1}}, [(CONNECTION, 1, ALL)]),
         (matches(1), [("matches", 1, ALL)]),
         (matches(2, {"&": [MARK, 0xFF]}), [("matches", 2, 0xFF)]),
         (matches({"set": [1, {"range": [4, 6]}]}), [("matches", value, ALL) for value in (1, 4, 5, 6)]),
@@ -56,7 +60,6 @@ def test_nft_statements_that_deal_with_the_mark(statement: dict[str, Any], uses:
         sets({"map": {"key": {"payload": {}}, "data": "@named"}}),
         sets({"socket": {"key": "mark"}}),
         {"mangle": {"key": {"ct": {"key": "mark"}}, "value": MARK}},
-        {"mangle": {"key": {"ct": {"key": "mark"}}, "value": 1}},
         matches(1, op="!="),
         matches(0, op="!="),
         matches("@named"),
@@ -85,7 +88,7 @@ def test_our_own_rules_do_not_count() -> None:
         ("-m mark ! --mark 0x0/0x6 -j ACCEPT", [("matches", 2, 2), ("matches", 4, 4)]),
         ("-m mark ! --mark 0x1 -j DROP", []),
         ("-m mark ! --mark 0x0 -j ACCEPT", []),
-        ("-m connmark --mark 0x1 -j CONNMARK --set-xmark 0x1/0xffffffff", []),
+        ("-m connmark --mark 0x1 -j CONNMARK --set-xmark 0x1/0xffffffff", [(CONNECTION, 0x1, ALL)]),
         ("-j CONNMARK --restore-mark --nfmask 0xffffffff --ctmask 0xffffffff", []),
         ('-m comment --comment "-j MARK --set-xmark 0x1/0x1" -j ACCEPT', []),
     ],
@@ -144,6 +147,9 @@ def test_a_wider_mask_of_ours_tells_values_apart(monkeypatch: pytest.MonkeyPatch
         ("sets", 0x1, 0x1, "mark"),
         ("matches", 0x2, 0x2, "client_mark"),
         ("matches", 0x4, 0x4, "server_mark"),
+        (CONNECTION, 0x1, ALL, None),
+        (CONNECTION, 0x2, ALL, "client_mark"),
+        (CONNECTION, 0x4, ALL, None),
     ],
 )
 def test_only_a_match_of_just_our_mark_lets_intercepted_flows_in(

@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 
 from tproxyd.config import Config, Interception, Mark, PortRange
 from tproxyd.config.model import Exclude
-from tproxyd.flow import Network
+from tproxyd.flow import Action, Network
 from tproxyd.netfilter import nft
 from tproxyd.netfilter.plan import Ruleset, plan
+from tproxyd.netfilter.rules import KernelRule, RulePrefixes
 
 PREFIXES = st.lists(
     st.one_of(st.ip_addresses(v=4).map(lambda a: f"{a}/24"), st.ip_addresses(v=6).map(lambda a: f"{a}/48")), max_size=6
@@ -83,7 +84,7 @@ def test_closed_has_a_last_word_and_open_a_lease(ruleset: Ruleset) -> None:
     lines = block(nft.render(ruleset), "to_listener").splitlines()
     drops = [number for number, line in enumerate(lines) if line.endswith(" drop") and "dport" in line]
     assert len(drops) == (0 if ruleset.lease else len(ruleset.intercepts))
-    assert ("!= @lease return" in block(nft.render(ruleset), "new_flow")) == ruleset.lease
+    assert ("!= @lease return" in lines[0]) == ruleset.lease
     if not ruleset.lease:
         assert max(number for number, line in enumerate(lines) if " tproxy " in line) < drops[0]
 
@@ -164,3 +165,53 @@ def test_a_mark_of_several_bits_leaves_the_others_alone() -> None:
     text = nft.render(replace(base(), mark=Mark(0x10, 0xF0)))
     assert "meta mark set meta mark & 0xffffff0f | 0x00000010" in text
     assert "meta mark & 0x000000f0 == 0x00000010" in text
+
+
+RULES = (
+    KernelRule("past", Action.BYPASS, 4, destinations=RulePrefixes(4, ("10.0.0.0/8",), "one")),
+    KernelRule("hush", Action.DROP, 6, sources=RulePrefixes(6, ("fd00::/8", "fe00::/9"), "two")),
+    KernelRule("web", None, networks=(Network.TCP,), ports=(PortRange(80, 80), PortRange(443, 443))),
+    KernelRule("no", Action.REJECT, interfaces=("lan0", "lo"), source_ports=(PortRange(1, 9),)),
+    KernelRule("tcp", Action.DROP, 4, networks=(Network.TCP,)),
+)
+
+
+def lines_of(text: str, chain: str) -> list[str]:
+    return [line.strip() for line in block(text, chain).splitlines()]
+
+
+def test_rules_are_asked_about_what_would_be_intercepted() -> None:
+    text = nft.render(replace(base(), rules=RULES))
+    new = block(text, "new_flow")
+    assert new.index("@inbound_v6 return") < new.index("jump rules") < new.rindex("goto to_listener")
+    assert lines_of(text, "rules") == [
+        'ip daddr 10.0.0.0/8 counter accept comment "past"',
+        'ip6 saddr @two counter drop comment "hush"',
+        'tcp dport { 80, 443 } counter return comment "web"',
+        'iifname "lan0" th sport 1-9 counter meta mark set meta mark | 0x00000007 accept comment "no"',
+        'meta nfproto ipv4 meta l4proto tcp counter drop comment "tcp"',
+    ]
+    assert elements(text)["two"] == ["fd00::/8", "fe00::/9"]
+    assert "one" not in elements(text)
+
+
+def test_the_boxs_own_flows_come_in_nowhere_and_a_worker_refuses_some() -> None:
+    ruleset = replace(base(), rules=RULES[3:4], own_traffic=True, lease=True)
+    assert lines_of(nft.render(ruleset), "own_rules") == [
+        'meta nfproto ipv4 udp sport 1-9 meta nfproto != @lease drop comment "no"',
+        'meta nfproto ipv4 udp sport 1-9 counter return comment "no"',
+        'th sport 1-9 counter meta mark set meta mark | 0x00000007 accept comment "no"',
+    ]
+
+
+def test_packets_are_refused_behind_whatever_marks_them() -> None:
+    refusing = nft.render(replace(base(), rules=RULES))
+    assert lines_of(refusing, "refuse")[0] == "type filter hook prerouting priority mangle + 6; policy accept;"
+    assert "priority mangle + 5;" in block(refusing, "divert")
+    assert "chain refuse" not in nft.render(replace(base(), rules=RULES[:3]))
+
+
+def test_no_rules_no_chains_for_them() -> None:
+    text = nft.render(replace(base(), own_traffic=True))
+    assert "rules" not in text
+    assert "reject" not in text

@@ -7,6 +7,7 @@ import pytest
 from tproxyd.config import parse_config
 from tproxyd.daemon.preparation import share, summary
 from tproxyd.netfilter.plan import plan
+from tproxyd.policy import Policy
 from tproxyd.relay.settings import RelaySettings
 
 CONFIG = parse_config(
@@ -14,6 +15,7 @@ CONFIG = parse_config(
 interception: {interfaces: [lan0], on_failure: open, families: [ipv4], udp_ports: []}
 backends: {other: {type: direct, source: gateway, nat: symmetric}}
 default: other
+rules: [{name: web, match: {port: 80}, backend: direct}, {name: none, match: {port: 81}, action: drop}]
 limits: {max_flows: 10, max_flows_per_client: 7}
 workers: 4
 """,
@@ -30,6 +32,7 @@ def test_a_supervisor_learns_what_it_must_serve() -> None:
     assert PREPARED.listen == (("tcp", "127.0.0.1", 7440),)
     assert PREPARED.workers == 4
     assert PREPARED.lease == "nftables"
+    assert PREPARED.rules == Policy(PREPARED.policy).names == ("web", "none", "default")
     assert PREPARED.settings.backends["other"].source == "gateway"
     assert PREPARED.settings.backends["direct"].source == "four-tuple"
 

@@ -27,6 +27,8 @@ REPLY_OF_CAUSE: Final[Mapping[Cause, Reply]] = MappingProxyType(
         Cause.UNREACHABLE: Reply.HOST_UNREACHABLE,
         Cause.TIMED_OUT: Reply.TTL_EXPIRED,
         Cause.LOOP: Reply.NOT_ALLOWED,
+        Cause.REJECTED: Reply.NOT_ALLOWED,
+        Cause.DROPPED: Reply.NOT_ALLOWED,
         Cause.LIMIT: Reply.GENERAL_FAILURE,
         Cause.RESOURCES: Reply.GENERAL_FAILURE,
         Cause.SHUTDOWN: Reply.GENERAL_FAILURE,
