@@ -33,6 +33,21 @@ class OrigDst(Endpoint):
     """Where the client meant to go: the destination before any rule touched the packet."""
 
 
+class FlowKey(NamedTuple):
+    """A client endpoint and where it meant to go: one UDP flow."""
+
+    client: Client
+    orig_dst: OrigDst
+
+    @property
+    def version(self) -> int:
+        """4 or 6."""
+        return self.client.version
+
+    def __str__(self) -> str:
+        return f"{self.client} to {self.orig_dst}"
+
+
 class Network(StrEnum):
     """The transport of a flow."""
 

@@ -66,6 +66,7 @@ class Interception(Section):
     exclude: Exclude = Exclude()
     own_traffic: StrictBool = False
     on_failure: Literal["closed", "open"] = "closed"
+    learned_flows: StrictBool = True
     mark: MarkField = Mark(0x1, 0x1)
     client_mark: MarkField = Field(default=Mark(0x2, 0x2), validate_default=True)
     server_mark: MarkField = Field(default=Mark(0x4, 0x4), validate_default=True)
@@ -78,6 +79,21 @@ class Interception(Section):
         if not ports and info.data.get("tcp_ports") == ():
             raise ValueError("tcp_ports and udp_ports are both empty; one of them must name ports")
         return ports
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_of_iptables(cls, data: Any) -> Any:
+        """A default must not contradict what the operator wrote."""
+        if not isinstance(data, Mapping) or "learned_flows" in data or data.get("ruleset") != "iptables":
+            return data
+        return {**data, "learned_flows": False}
+
+    @field_validator("learned_flows")
+    @classmethod
+    def _only_nftables_learns(cls, learned: bool, info: ValidationInfo) -> bool:
+        if learned and info.data.get("ruleset") == "iptables":
+            raise ValueError("needs ruleset: nftables (no ipset holds a client's port and its server); write false")
+        return learned
 
     @field_validator("client_mark", "server_mark")
     @classmethod

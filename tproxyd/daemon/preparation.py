@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Final, Self
 
 from tproxyd.errors import TproxydError
+from tproxyd.flow import Network
 from tproxyd.policy import pack
 from tproxyd.relay.settings import DirectSettings, RelaySettings
 
@@ -28,6 +29,21 @@ STOP_SIGNALS: Final = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGHUP})
 
 
 @dataclass(frozen=True, slots=True)
+class LearningSettings:
+    """What may be learned.
+
+    Attributes:
+        flows: flows of one family at most.
+        interfaces: the client side.
+    """
+
+    versions: tuple[int, ...]
+    flows: int
+    idle_s: int
+    interfaces: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Prepared:
     """A configuration, as far as a supervisor needs it.
 
@@ -36,6 +52,7 @@ class Prepared:
         policy: the packed rules; `rules` their names, that of the last word included.
         listen: the addresses and ports the listeners are bound to, with their network.
         lease: interception must be leased (`on_failure: open`), through nftables or iptables.
+        learning: which UDP flows the kernel may carry; None: none.
     """
 
     settings: RelaySettings
@@ -45,6 +62,7 @@ class Prepared:
     listen: tuple[tuple[str, str, int], ...]
     versions: tuple[int, ...]
     lease: str | None
+    learning: LearningSettings | None
 
 
 class Preparation:
@@ -174,7 +192,15 @@ def summary(config: Config, ruleset: Ruleset) -> Prepared:
         listen=tuple(sorted(listen)),
         versions=ruleset.versions,
         lease=config.interception.ruleset if ruleset.lease else None,
+        learning=_learning(ruleset),
     )
+
+
+def _learning(ruleset: Ruleset) -> LearningSettings | None:
+    if ruleset.learned is None:
+        return None
+    versions = tuple(each.version for each in ruleset.intercepts if each.network is Network.UDP)
+    return LearningSettings(versions, ruleset.learned.flows, ruleset.learned.idle_s, ruleset.interfaces)
 
 
 def share(settings: RelaySettings, workers: int) -> RelaySettings:

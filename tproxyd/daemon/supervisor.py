@@ -20,6 +20,7 @@ from contextlib import suppress
 from time import monotonic
 from typing import Any, Final
 
+from tproxyd.daemon.learning import Learning
 from tproxyd.daemon.notify import notify
 from tproxyd.daemon.preparation import STOP_SIGNALS, Prepared, share
 from tproxyd.errors import PermissionDenied, TproxydError
@@ -51,13 +52,14 @@ class Slot:
         rule_counters: how many flows each rule took there.
     """
 
-    def __init__(self, number: int, prepared: Prepared, policy: int) -> None:
+    def __init__(self, number: int, prepared: Prepared, *, policy: int, learning: Learning | None) -> None:
         """Open the slot's listening sockets.
 
         Args:
             number: which slot it is.
             prepared: the configuration.
             policy: an open file that holds the packed rules, for all workers to read.
+            learning: who takes the flows that its worker offers to the kernel; None: nobody.
 
         Raises:
             OSError: the kernel refused one.
@@ -70,6 +72,7 @@ class Slot:
         self.rule_counters: dict[str, int] = {}
         self.process: asyncio.subprocess.Process | None = None
         self._stopping = False
+        self._learning = learning
         self._settings = share(prepared.settings, prepared.workers)
         self._rules = prepared.rules
         self._policy = policy
@@ -83,13 +86,16 @@ class Slot:
             self.close()
             raise
 
-    def tell(self, message: dict[str, Any]) -> None:
-        """Send a message to the worker, if there is one."""
+    def tell(self, message: dict[str, Any]) -> bool:
+        """Send a message to the worker, if there is one; False: it has too many to read, try again."""
         if self._channel is not None:
             try:
                 self._channel.send(json.dumps(message).encode())
+            except BlockingIOError:
+                return False
             except OSError:
                 _log.debug("worker %d does not listen", self.number)
+        return True
 
     async def serve(self) -> None:
         """Keep a worker running until cancelled."""
@@ -101,6 +107,8 @@ class Slot:
             except OSError as error:
                 end = f"could not be started: {error}"
             self.counters, self.rule_counters = {}, {}
+            if self._learning is not None:
+                self._learning.abandon(self.number)
             if self._stopping or (self.failure is not None and not self.ready.is_set()):
                 self.ready.set()
                 return
@@ -203,6 +211,8 @@ class Slot:
             self.failure = str(message["failed"])
         if message.get("ready"):
             self.ready.set()
+        if self._learning is not None and "learn" in message:
+            self._learning.ask(self.number, message["learn"])
 
 
 class Supervisor:
@@ -216,6 +226,9 @@ class Supervisor:
         self._policy = _sealed(prepared.policy)
         self._stop = asyncio.Event()
         self._lease_lost = False
+        self._learning: Learning | None = None
+        if prepared.learning is not None:
+            self._learning = Learning(prepared.learning, lambda slot, message: self._slots[slot].tell(message))
 
     async def run(self) -> None:
         """Serve until SIGTERM or SIGINT.
@@ -230,19 +243,28 @@ class Supervisor:
         loop.add_signal_handler(signal.SIGHUP, _log.warning, "SIGHUP: this version can't reload, restart it")
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
         tasks: list[asyncio.Task[None]] = []
+        learning: asyncio.Task[None] | None = None
         try:
             self._open_slots()
             tasks = [asyncio.create_task(slot.serve()) for slot in self._slots]
             await self._start()
+            if self._learning is not None:
+                learning = asyncio.create_task(self._learning.serve())
             await self._serve()
         finally:
             notify("STOPPING=1")
-            await self._end(tasks)
+            try:
+                if self._learning is not None and learning is not None:
+                    self._learning.stop()
+                    await learning
+                    await self._learning.close()
+            finally:
+                await self._end(tasks)
 
     def _open_slots(self) -> None:
         for number in range(self._prepared.workers):
             try:
-                self._slots.append(Slot(number, self._prepared, self._policy))
+                self._slots.append(Slot(number, self._prepared, policy=self._policy, learning=self._learning))
             except PermissionError as error:
                 raise PermissionDenied(f"no transparent socket ({error}): run as root or with CAP_NET_RAW") from error
             except OSError as error:
@@ -262,6 +284,8 @@ class Supervisor:
         for warning in warnings:
             _log.warning("%s", warning)
         await self._renew_lease()
+        if self._learning is not None:
+            await self._learning.start()
         _log.info(
             "serving with %d workers on %s",
             len(self._slots),
@@ -272,7 +296,7 @@ class Supervisor:
     async def _serve(self) -> None:
         while not self._stop.is_set():
             for slot in self._slots:
-                slot.tell({"do": "count"})
+                slot.tell({"do": "count", "learn": self._learning.versions if self._learning else ()})
                 slot.kill_if_hung()
             try:
                 await asyncio.wait_for(self._stop.wait(), _HEARTBEAT_S)

@@ -21,12 +21,13 @@ from typing import Any, Final
 from tproxyd.daemon.log import log_flow_end, set_up_logging
 from tproxyd.daemon.privileges import drop_to, raise_descriptor_limit
 from tproxyd.errors import TproxydError
-from tproxyd.flow import Action
+from tproxyd.flow import Action, Client, FlowKey, OrigDst
 from tproxyd.policy import Policy
 from tproxyd.relay.backends.direct import Direct
 from tproxyd.relay.context import Context
 from tproxyd.relay.counters import Counters, RuleCounters
 from tproxyd.relay.icmp import IcmpSender
+from tproxyd.relay.learning import Learning
 from tproxyd.relay.limits import FlowLimits
 from tproxyd.relay.poller import Poller
 from tproxyd.relay.settings import MESSAGE_BYTES, DirectSettings, RelaySettings
@@ -68,7 +69,9 @@ class Worker:
             icmp=self._icmp,
             listener=settings.listener,
             on_end=log_flow_end if settings.log_flows else None,
+            learning=Learning(loop, self._offer),
         )
+        self._learning = context.learning
         self._tcp = TcpRelay(context, connect_s=settings.connect_s, idle_s=settings.tcp_idle_s)
         self._udp = UdpRelay(context, idle_s=settings.udp_idle_s, client_mark=settings.client_mark)
 
@@ -96,12 +99,22 @@ class Worker:
         if not message:
             self._orphaned()
             return
-        asked = json.loads(message).get("do")
-        if asked == "count":
-            # Without the names: with thousands of rules they would fill more than a message.
-            self._tell({"counters": self._counters.as_dict(), "rules": list(self._rule_counters.values())})
-        elif asked == "stop" and not self._done.done():
-            self._done.set_result(None)
+        told = json.loads(message)
+        match told["do"]:
+            case "count":
+                self._learning.versions = frozenset(told["learn"])
+                # Without the names: with thousands of rules they would fill more than a message.
+                self._tell({"counters": self._counters.as_dict(), "rules": list(self._rule_counters.values())})
+            case "learned":
+                self._udp.leave_to_kernel([_key(*flow) for flow in told["flows"]])
+            case "returned":
+                for *key, bytes_up, bytes_down, silent_s in told["flows"]:
+                    self._udp.take_back(_key(*key), bytes_up=bytes_up, bytes_down=bytes_down, silent_s=silent_s)
+            case "stop" if not self._done.done():
+                self._done.set_result(None)
+
+    def _offer(self, flows: list[FlowKey]) -> None:
+        self._tell({"learn": [[*flow.client, *flow.orig_dst] for flow in flows]})
 
     def _tell(self, message: dict[str, Any]) -> None:
         try:
@@ -114,6 +127,8 @@ class Worker:
         _log.error("the supervisor is gone: taking nothing new, ending with the last of %d flows", self._counters.flows)
         self._tcp.stop_listening()
         self._udp.stop_listening()
+        self._learning.versions = frozenset()
+        self._udp.take_all_back()
         self._end_when_idle()
 
     def _end_when_idle(self) -> None:
@@ -121,6 +136,10 @@ class Worker:
             self._loop.call_later(_ORPHAN_CHECK_S, self._end_when_idle)
         elif not self._done.done():
             self._done.set_result(None)
+
+
+def _key(client: str, client_port: int, server: str, server_port: int) -> FlowKey:
+    return FlowKey(Client(client, client_port), OrigDst(server, server_port))
 
 
 def main(arguments: list[str]) -> int:

@@ -10,6 +10,7 @@ from collections.abc import Set as AbstractSet
 from typing import TYPE_CHECKING, Final
 
 from tproxyd.flow import Network
+from tproxyd.netfilter import nft_learned
 from tproxyd.netfilter.nft_rules import members, rule_lines
 from tproxyd.netfilter.plan import INBOUND_S, Intercept, PrefixSet, Ruleset
 from tproxyd.netfilter.rules import RulePrefixes, with_refusals_left_to_workers
@@ -45,6 +46,8 @@ def table(ruleset: Ruleset) -> str:
     if ruleset.lease:
         blocks.append(f"\tset {LEASE_SET} {{\n\t\ttype nf_proto\n\t\tflags timeout\n\t}}\n")
     blocks += [_inbound_set(version) for version in inbound_versions(ruleset)]
+    if ruleset.learned:
+        blocks += nft_learned.sets(ruleset.learned, inbound_versions(ruleset))
     blocks += [_chain(name, lines) for name, lines in chains(ruleset).items()]
     return f"table {TABLE} {{\n" + "\n".join(blocks) + "}\n"
 
@@ -52,6 +55,13 @@ def table(ruleset: Ruleset) -> str:
 def inbound_versions(ruleset: Ruleset) -> list[int]:
     """The families in which UDP is intercepted, so that answers must be told from new flows."""
     return [intercept.version for intercept in ruleset.intercepts if intercept.network is Network.UDP]
+
+
+def changing_sets(ruleset: Ruleset) -> list[str]:
+    """Names of the sets whose elements come and go."""
+    names = [LEASE_SET] if ruleset.lease else []
+    names += [INBOUND_SETS[version] for version in inbound_versions(ruleset)]
+    return names + (nft_learned.names(inbound_versions(ruleset)) if ruleset.learned else [])
 
 
 def chains(ruleset: Ruleset) -> dict[str, list[str]]:
@@ -83,6 +93,8 @@ def chains(ruleset: Ruleset) -> dict[str, list[str]]:
         found["inbound"] = _inbound_chain(ruleset)
     if ruleset.rules:
         found |= _rule_chains(ruleset)
+    if ruleset.learned:
+        found |= nft_learned.chains(inbound_versions(ruleset))
     if ruleset.own_traffic:
         found["own_output"] = _own_output_chain(ruleset)
         found["own_flow"] = [
@@ -118,6 +130,7 @@ def _intercept_chain(ruleset: Ruleset) -> list[str]:
     return [
         *lines,
         f"iifname != {_interfaces(ruleset)} return",
+        *_udp_first_to(nft_learned.RAW, ruleset),
         f"{_NOT_RELAYED} return",
         f"{_SYN} goto new_flow",
         f"{_connected(ruleset.client_mark)} notrack {_set(ruleset.mark)} accept",
@@ -136,6 +149,7 @@ def _divert_chain(ruleset: Ruleset) -> list[str]:
     lines = [
         "type filter hook prerouting priority mangle + 5; policy accept;",
         f"{_matches(ruleset.mark)} return",
+        *_udp_first_to(nft_learned.TRACKED, ruleset),
         f"{_NOT_RELAYED} return",
         f"{_matches(ruleset.client_mark, 'ct mark')} return",
         f"{_connected(ruleset.server_mark)} {_set(ruleset.mark)} return",
@@ -152,11 +166,12 @@ def _let_by_chain(ruleset: Ruleset) -> list[str]:
     """Remember the connections of clients that the kernel forwards: they stay forwarded, whatever rules come.
 
     Their answers are no sockets' of ours, even where one is bound to the client's address and port. What tproxyd
-    connects later with the same four-tuple is not among them.
+    connects later with the same four-tuple is not among them; nor are learned flows, which may come back to it.
     """
     forwarded = f"iifname {_interfaces(ruleset)} meta l4proto {{ tcp, udp }} ct direction original"
     return [
         "type filter hook forward priority mangle; policy accept;",
+        *(nft_learned.left_alone(inbound_versions(ruleset)) if ruleset.learned else ()),
         f"{forwarded} {_set(ruleset.client_mark, 'ct mark')}",
     ]
 
@@ -262,6 +277,10 @@ def _own_output_chain(ruleset: Ruleset) -> list[str]:
         *_unless_leased(ruleset),
         *(f"{_flows(each)} {_set(ruleset.mark, 'ct mark')} {_set(ruleset.mark)}" for each in ruleset.intercepts),
     ]
+
+
+def _udp_first_to(chain: str, ruleset: Ruleset) -> list[str]:
+    return [f"meta l4proto udp jump {chain}"] if ruleset.learned else []
 
 
 def _stays_in_kernel(ruleset: Ruleset) -> list[str]:

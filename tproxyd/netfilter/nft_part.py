@@ -13,7 +13,7 @@ import re
 from typing import Final
 
 from tproxyd.errors import RulesetError
-from tproxyd.netfilter import libnftables, nft
+from tproxyd.netfilter import libnftables, nft, nft_learned
 from tproxyd.netfilter.plan import Ruleset
 
 _DIGESTS: Final = "applied"
@@ -44,9 +44,12 @@ class NftPart:
         return "\n".join(lines) or "nftables: the table was changed by hand and is written again"
 
     def snapshot(self) -> str | None:
-        """As `Part.snapshot`: the table as text; someone else's table of our name is none of our state."""
+        """As `Part.snapshot`: the table as text; someone else's table of our name is none of our state.
+
+        Learned flows are left out: brought back, they would be nobody's.
+        """
         listing = _listing() if _exists() else ""
-        return listing if _is_ours(listing) else None
+        return _without_learned(listing) if _is_ours(listing) else None
 
     def write(self) -> None:
         """As `Part.write`."""
@@ -76,7 +79,7 @@ class NftPart:
         wanted = {
             "chains": len(chains),
             "rules": sum(len([line for line in lines if not line.startswith("type ")]) for lines in chains.values()),
-            "sets": len(names) + ruleset.lease + len(nft.inbound_versions(ruleset)),
+            "sets": len(names) + len(nft.changing_sets(ruleset)),
             "prefixes": sum(len(prefix_set.prefixes) for prefix_set in ruleset.prefix_sets),
         }
         sets = [item["set"] for item in held if "set" in item]
@@ -104,18 +107,26 @@ def _listing() -> str:
 
 
 def _stable(listing: str) -> str:
-    for name in (_DIGESTS, nft.LEASE_SET, *nft.INBOUND_SETS.values()):
-        listing = _without_set(listing, name)
+    for name in (_DIGESTS, nft.LEASE_SET, *nft.INBOUND_SETS.values(), *nft_learned.names((4, 6))):
+        if lines := _lines_of_set(listing, name):
+            listing = listing.replace("".join([*lines, "\n"]), "")
     return listing
 
 
-def _without_set(listing: str, name: str) -> str:
+def _without_learned(listing: str) -> str:
+    for name in nft_learned.names((4, 6)):
+        lines = _lines_of_set(listing, name)
+        kept = next((at for at, line in enumerate(lines) if line.startswith("\t\telements = ")), -1)
+        if kept >= 0:
+            listing = listing.replace("".join(lines), "".join([*lines[:kept], lines[-1]]))
+    return listing
+
+
+def _lines_of_set(listing: str, name: str) -> list[str]:
+    """The lines that define a set, from its name to its closing brace; elements come last. None: no such set."""
     lines = listing.splitlines(keepends=True)
-    start = next((i for i, line in enumerate(lines) if line.startswith(f"\tset {name} ")), None)
-    if start is None:
-        return listing
-    end = lines.index("\t}\n", start)
-    return "".join(lines[:start] + lines[end + 2 :])
+    start = next((at for at, line in enumerate(lines) if line.startswith(f"\tset {name} ")), None)
+    return [] if start is None else lines[start : lines.index("\t}\n", start) + 1]
 
 
 def _summary(listing: str) -> list[str]:

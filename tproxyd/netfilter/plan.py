@@ -7,7 +7,7 @@ never intercepted, which packets count) stands here.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import reduce
 from ipaddress import IPv4Network, IPv6Network, ip_network
 from operator import or_
@@ -37,6 +37,13 @@ NEVER_SOURCES: Final = {
 
 INBOUND_S: Final = 180
 """How long a UDP flow that came from the other side is remembered after its last packet (as conntrack's streams)."""
+
+LEARNED_IDLE_S: Final = 25
+"""How long a learned flow may be silent: less than conntrack keeps a UDP entry, so that a packet that the kernel
+forwards always finds the one that the relay's packets made, and the NAT mapping in it."""
+
+LEARNED_MOST: Final = 16384
+"""Learned flows of one family at most: each takes five set elements, about 1 kB of the kernel's memory."""
 
 LEASE_S: Final = 5
 """How long an open gateway goes on intercepting after its daemon has stopped renewing the lease."""
@@ -73,12 +80,26 @@ class Intercept:
 
 
 @dataclass(frozen=True, slots=True)
+class Learned:
+    """How much of UDP the kernel may carry on by itself.
+
+    Attributes:
+        flows: how many flows of one family at most.
+        idle_s: how long one may be silent.
+    """
+
+    flows: int
+    idle_s: int
+
+
+@dataclass(frozen=True, slots=True)
 class Ruleset:
     """Everything the netfilter back ends and policy routing need to know.
 
     Attributes:
         rules: what the kernel itself can decide of the policy, in its order.
         lease: interception holds only while the daemon renews its lease (`on_failure: open`).
+        learned: UDP flows that need the daemon no longer are forwarded by the kernel; None: they never are.
         mark: set on packets that the kernel hands to tproxyd; policy routing delivers them locally.
         client_mark: SO_MARK of client-side sockets; their packets stay out of connection tracking, because
             with the same four-tuple on both sides two connections would share one entry. As the mark of a tracked
@@ -92,6 +113,7 @@ class Ruleset:
     intercepts: tuple[Intercept, ...]
     own_traffic: bool
     lease: bool
+    learned: Learned | None
     mark: Mark
     client_mark: Mark
     server_mark: Mark
@@ -148,6 +170,7 @@ def plan(config: Config) -> Ruleset:
         ),
         own_traffic=wanted.own_traffic,
         lease=wanted.on_failure == "open",
+        learned=_learned(config),
         mark=wanted.mark,
         client_mark=wanted.client_mark,
         server_mark=wanted.server_mark,
@@ -186,6 +209,16 @@ def surroundings(ruleset: Ruleset, config: Config) -> Surroundings:
     )
 
 
+def _learned(config: Config) -> Learned | None:
+    """Only a flow that looks the same to the server when it is forwarded can be learned."""
+    wanted = config.interception
+    forwardable = any(backend.source == "four-tuple" for backend in config.backends.values())
+    if not (wanted.learned_flows and wanted.udp_ports and forwardable):
+        return None
+    idle_s = max(1, min(int(config.timeouts.udp_idle), LEARNED_IDLE_S))
+    return Learned(min(config.limits.max_flows, LEARNED_MOST), idle_s)
+
+
 def _prefix_set(
     field: Literal["destination", "source"],
     version: int,
@@ -214,6 +247,7 @@ def as_json(ruleset: Ruleset) -> dict[str, object]:
         "rules": [as_asked(rule) for rule in ruleset.rules],
         "own_traffic": ruleset.own_traffic,
         "on_failure": "open" if ruleset.lease else "closed",
+        "learned": asdict(ruleset.learned) if ruleset.learned else None,
         "mark": str(ruleset.mark),
         "client_mark": str(ruleset.client_mark),
         "server_mark": str(ruleset.server_mark),

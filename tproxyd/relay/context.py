@@ -11,6 +11,7 @@ from tproxyd.policy import Policy
 from tproxyd.relay.backends.direct import Direct
 from tproxyd.relay.counters import Counters, RuleCounters
 from tproxyd.relay.icmp import IcmpSender
+from tproxyd.relay.learning import Learning
 from tproxyd.relay.limits import FlowLimits
 from tproxyd.relay.poller import Poller
 
@@ -22,6 +23,7 @@ class Context:
     Attributes:
         listener: name of the listener that flows come in by.
         on_end: told of each flow's end; None where nobody listens.
+        learning: where UDP flows are offered that the kernel could carry.
     """
 
     loop: asyncio.AbstractEventLoop
@@ -34,3 +36,4 @@ class Context:
     icmp: IcmpSender
     listener: str
     on_end: Callable[[FlowEnd], None] | None
+    learning: Learning

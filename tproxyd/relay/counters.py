@@ -13,6 +13,7 @@ class Counters:
     flows: int = 0
     tcp_flows: int = 0
     udp_flows: int = 0
+    udp_learned: int = 0
     bytes_up: int = 0
     bytes_down: int = 0
     source_port_clashes: int = 0

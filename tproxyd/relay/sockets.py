@@ -151,6 +151,19 @@ def bind_address_only(sock: Socket, version: int, address: str) -> None:
     sock.bind((address, 0) if version == 4 else (address, 0, 0, 0))
 
 
+def deafen(sock: Socket) -> None:
+    """Keep the kernel from giving a connected socket any packet from outside, before routing or after (early demux).
+
+    What it was given already can still be read.
+    """
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"lo")
+
+
+def let_hear(sock: Socket) -> None:
+    """Take `deafen` back."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"")
+
+
 def is_local(address: str) -> bool:
     """Tell whether an address is this box's own, by asking the kernel to bind to it."""
     family = _FAMILY[Endpoint(address, 0).version]

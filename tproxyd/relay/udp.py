@@ -14,10 +14,24 @@ import socket
 from time import monotonic
 from typing import Final
 
-from tproxyd.flow import LOOPBACK, Action, Cause, Client, Decision, Flow, FlowEnd, Layer, Network, OrigDst, Phase
+from tproxyd.flow import (
+    LOOPBACK,
+    Action,
+    Cause,
+    Client,
+    Decision,
+    Flow,
+    FlowEnd,
+    FlowKey,
+    Layer,
+    Network,
+    OrigDst,
+    Phase,
+)
 from tproxyd.policy import refusal
 from tproxyd.relay import icmp, sockets
 from tproxyd.relay.context import Context
+from tproxyd.relay.learning import FIRST_OFFER, NEXT_OFFER
 from tproxyd.relay.poller import LEVEL
 from tproxyd.relay.raw_udp import RawUdpSender
 
@@ -34,6 +48,7 @@ _STRANGERS: Final = 64
 _ERROR_SPACE: Final = 512
 _YOUNG_S: Final = 1.0
 """Far longer than a datagram is between the lookup of its socket and that socket's queue."""
+_STRAGGLING_S: Final = 0.25
 
 
 class UdpRelay:
@@ -47,6 +62,7 @@ class UdpRelay:
         self.raw = RawUdpSender(client_mark)
         self.buffer = memoryview(bytearray(_DATAGRAM_BYTES))
         self.client_mark = client_mark
+        self.learning = context.learning
         self._context = context
         self._limits = context.limits
         self._listeners: dict[int, sockets.Socket] = {}
@@ -102,12 +118,41 @@ class UdpRelay:
     def abort(self, error: Exception) -> None:
         """Nothing to end: listening goes on, `error` has been logged."""
 
+    def leave_to_kernel(self, keys: list[FlowKey]) -> None:
+        """Stop hearing flows that the kernel carries from now on.
+
+        The client's side first: what was given to it before goes on through the server's side, which so hears
+        (and, where it is connected, takes) answers for a moment more.
+        """
+        flows = [flow for key in keys if (flow := self._flows.get(key)) is not None and not flow.in_kernel]
+        for flow in flows:
+            flow.leave_to_kernel()
+        self._context.loop.call_later(_STRAGGLING_S, _deafen_server_sides, flows)
+
+    def take_back(self, key: FlowKey, *, bytes_up: int, bytes_down: int, silent_s: float) -> None:
+        """Take a flow back that the kernel no longer carries, with what it has counted."""
+        flow = self._flows.get(key)
+        if flow is None:
+            return
+        flow.bytes_up += bytes_up
+        flow.bytes_down += bytes_down
+        flow.last = max(flow.last, monotonic() - silent_s)
+        flow.take_back()
+
+    def take_all_back(self) -> None:
+        """Take all flows back: nobody is left who could say when the kernel ceases to carry one."""
+        for flow in self._flows.values():
+            if flow.in_kernel:
+                flow.last = monotonic()
+                flow.take_back()
+
     def take(
         self, client: Client, orig_dst: OrigDst, payload: memoryview, ancillary: list[tuple[int, int, bytes]]
     ) -> None:
         """Send a client's datagram on, in its flow or a new one; `ancillary` is what came with it."""
         flow = self._flows.get((client, orig_dst))
         if flow is not None:
+            flow.take_back()  # the kernel let this one through: it may have ceased to carry the flow
             flow.to_server(payload)
         elif (flow := self._open(client, orig_dst, len(payload), ancillary)) is not None:
             flow.to_server(payload)
@@ -123,6 +168,22 @@ class UdpRelay:
         elif (flow := self._start(server_side, source, server_side.decision, invited=False)) is not None:
             flow.to_client(payload)
             flow.take_early()
+
+    def may_learn(self, flow: UdpFlow) -> bool:
+        """Tell whether the kernel can carry a flow so that neither end sees a difference.
+
+        The connection must be one that its client began, under its own port. The box's own flows cross no
+        interface of clients.
+        """
+        server_side = flow.server_side
+        return (
+            flow.client.version in self.learning.versions
+            and flow.invited
+            and self._context.backends[server_side.decision.backend].keeps_four_tuple
+            and (server_side.connected_to is None or flow.bytes_down > 0)
+            and server_side.sock.getsockname()[:2] == flow.client
+            and not sockets.is_local(flow.client.address)
+        )
 
     def flow_of(self, client: Client, orig_dst: OrigDst) -> UdpFlow | None:
         """Return a live flow."""
@@ -240,7 +301,7 @@ class UdpRelay:
             FlowEnd(
                 flow=Flow(Network.UDP, flow.client, flow.orig_dst, self._context.listener),
                 decision=flow.decision,
-                layer=Layer.COPY,
+                layer=Layer.LEARNED if flow.learned else Layer.COPY,
                 cause=cause,
                 phase=Phase.RELAY,
                 source=source,
@@ -253,7 +314,7 @@ class UdpRelay:
     def _tick(self) -> None:
         self._timer = self._context.loop.call_later(_TICK_S, self._tick)
         now = self.poller.now = monotonic()
-        for flow in [flow for flow in self._flows.values() if now - flow.last >= self._idle_s]:
+        for flow in [flow for flow in self._flows.values() if flow.idle_s(now) >= self._idle_s]:
             self.end(flow, Cause.IDLE)
 
 
@@ -344,11 +405,13 @@ class UdpFlow:
     Attributes:
         invited: its client began it.
         last: monotonic seconds of its last datagram.
+        in_kernel: the kernel carries it now, as far as we know.
+        learned: the kernel has carried it.
     """
 
     __slots__ = (
-        *("_relay", "_sock", "bytes_down", "bytes_up", "decision", "invited", "last", "orig_dst", "server_side"),
-        "started",
+        *("_datagrams", "_next_offer", "_relay", "_sock", "bytes_down", "bytes_up", "decision", "in_kernel", "invited"),
+        *("last", "learned", "orig_dst", "server_side", "started"),
     )
 
     def __init__(
@@ -362,6 +425,9 @@ class UdpFlow:
         self.decision = decision
         self.invited = invited
         self.bytes_up = self.bytes_down = 0
+        self.in_kernel = self.learned = False
+        self._datagrams = 0
+        self._next_offer = FIRST_OFFER
         self.started = self.last = relay.poller.now
 
     @property
@@ -420,6 +486,29 @@ class UdpFlow:
                 return
             except OSError:
                 self._pass_errors_on(sock)
+            if self._datagrams >= self._next_offer:
+                self._offer()
+
+    def idle_s(self, now: float) -> float:
+        """How long it has carried nothing; one that the kernel carries is never idle here."""
+        return 0.0 if self.in_kernel else now - self.last
+
+    def leave_to_kernel(self) -> None:
+        """Hear no more of the client; answers that are still under way here go out by raw socket."""
+        self.in_kernel = self.learned = True
+        self._relay.counters.udp_learned += 1
+        if self._sock is not None:
+            sockets.deafen(self._sock)
+
+    def take_back(self) -> None:
+        """Hear again."""
+        if not self.in_kernel:
+            return
+        self.in_kernel = False
+        self._next_offer = self._datagrams + FIRST_OFFER
+        for sock in (self._sock, self.server_side.sock):
+            if sock is not None:
+                sockets.let_hear(sock)
 
     def abort(self, error: Exception) -> None:  # noqa: ARG002  # logged by the supervisor of flows
         """End after an unforeseen error."""
@@ -446,6 +535,7 @@ class UdpFlow:
         try:
             self.server_side.send(payload, self.orig_dst)
             self.bytes_up += len(payload)
+            self._datagrams += 1
         except OSError as error:
             answer = icmp.from_errno(error.errno or 0, self.client.version)
             if answer:
@@ -459,12 +549,13 @@ class UdpFlow:
         relay, sock = self._relay, self._sock
         self.last = relay.poller.now
         try:
-            if sock is None:
+            if sock is None or self.in_kernel:
                 relay.raw.send(self.orig_dst, self.client, payload)
                 relay.counters.udp_raw_replies += 1
             else:
                 self._send(sock, payload)
             self.bytes_down += len(payload)
+            self._datagrams += 1
         except OSError as error:
             relay.drop(f"{self.orig_dst} to {self.client}: {error}")
 
@@ -473,6 +564,16 @@ class UdpFlow:
         if self._sock is not None:
             self._relay.poller.close_socket(self._sock)
             self._sock = None
+
+    def _offer(self) -> None:
+        """Offer it for learning, from its client's side: a socket that has been given a packet passes the next on.
+
+        The kernel drops a packet that it gives to a connected socket and then forwards. That is what happens
+        between learning and `deafen`, unless the socket knows a route for it from a packet before.
+        """
+        self._next_offer = self._datagrams + NEXT_OFFER
+        if not self.in_kernel and self._relay.may_learn(self):
+            self._relay.learning.offer(FlowKey(self.client, self.orig_dst))
 
     def _send(self, sock: sockets.Socket, payload: memoryview) -> None:
         try:
@@ -493,6 +594,12 @@ class UdpFlow:
                     error, Network.UDP, self.orig_dst, self.client, payload_bytes=size, now=relay.poller.now
                 )
         return found
+
+
+def _deafen_server_sides(flows: list[UdpFlow]) -> None:
+    for flow in flows:
+        if flow.in_kernel and flow.server_side.connected_to is not None and flow.server_side.sock.fileno() >= 0:
+            sockets.deafen(flow.server_side.sock)
 
 
 def read_errors(sock: sockets.Socket, version: int) -> list[tuple[icmp.IcmpError | None, tuple[str, int], int]]:

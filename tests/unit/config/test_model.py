@@ -59,6 +59,7 @@ def test_interfaces_are_all_that_is_required():
             exclude=Exclude(destinations=(), sources=()),
             own_traffic=False,
             on_failure="closed",
+            learned_flows=True,
             mark=Mark(1, 1),
             client_mark=Mark(2, 2),
             server_mark=Mark(4, 4),
@@ -200,6 +201,11 @@ def test_code_may_give_seconds_where_a_file_must_give_units():
         ("own_traffic: off", 'own_traffic: expected true or false, found "off"; write false'),
         ("own_traffic: 1", "own_traffic: expected true or false, found 1"),
         ("on_failure: shut", 'on_failure: expected closed or open, found "shut"'),
+        ("learned_flows: 1", "learned_flows: expected true or false, found 1"),
+        (
+            "ruleset: iptables; learned_flows: true",
+            "learned_flows: needs ruleset: nftables (no ipset holds a client's port and its server); write false",
+        ),
         ("mark: 0x8", "mark: mark 0x8 has no mask; write 0x8/0x8"),
         ("mark: -1", "mark: expected a mark, such as 0x1/0x1, found -1"),
         ("mark: true", "mark: expected a mark, such as 0x1/0x1, found true"),
@@ -220,6 +226,11 @@ def test_code_may_give_seconds_where_a_file_must_give_units():
 )
 def test_each_key_of_interception_refuses_what_it_can_not_hold(keys, problem):
     assert interception_problems(keys) == [f"interception.{problem}"]
+
+
+@pytest.mark.parametrize(("keys", "learned"), [("ruleset: nftables", True), ("ruleset: iptables", False)])
+def test_learned_flows_are_the_default_where_they_can_be_had(keys, learned):
+    assert interception_of(keys).learned_flows == learned
 
 
 @pytest.mark.parametrize("table", [1, 252, 256, 4294967295])

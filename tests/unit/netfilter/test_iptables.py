@@ -24,6 +24,7 @@ RULESET = Ruleset(
     ),
     own_traffic=False,
     lease=False,
+    learned=None,
     mark=Mark(0x1, 0x1),
     client_mark=Mark(0x2, 0x2),
     server_mark=Mark(0x4, 0x4),

@@ -29,6 +29,7 @@ INTERCEPTIONS = st.builds(
     exclude=st.builds(Exclude, destinations=PREFIXES, sources=PREFIXES),
     own_traffic=st.booleans(),
     on_failure=st.sampled_from(["closed", "open"]),
+    learned_flows=st.booleans(),
     mark=st.sampled_from([Mark(0x1, 0x1), Mark(0x10, 0xF0), Mark(0x80000000, 0x80000000)]),
 )
 RULESETS = INTERCEPTIONS.map(lambda interception: plan(Config(interception=interception)))
@@ -133,6 +134,24 @@ def test_a_full_cone_takes_nothing_from_excluded_addresses_or_other_ports(rulese
         assert guard not in text[ours:]
     intercepted = any(each.network is Network.UDP for each in ruleset.intercepts)
     assert ("udp sport != " in text[:ours]) == intercepted
+
+
+@given(RULESETS)
+def test_learned_flows_come_before_anything_that_would_take_them(ruleset: Ruleset) -> None:
+    text = nft.render(ruleset)
+    assert ("learned" in text) == (ruleset.learned is not None)
+    if ruleset.learned is None:
+        return
+    for chain, jump, taker in (
+        ("intercept", "jump learned_raw", "goto new_flow"),
+        ("divert", "jump learned_tracked", "socket transparent"),
+    ):
+        lines = block(text, chain)
+        assert lines.index(jump) < lines.index(taker)
+    for line in block(text, "learned_raw").splitlines():
+        assert line.endswith("meta nfproto @learned_lease accept"), "not past the daemon's end"
+    for line in block(text, "learned_forwarded").splitlines()[1:]:
+        assert line.index("@left_") < line.index(" update @learned_"), "what is not learned is not made so"
 
 
 @given(RULESETS)

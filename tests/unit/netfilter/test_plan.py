@@ -8,9 +8,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tproxyd.config import Config, Interception, PortRange
-from tproxyd.config.model import Exclude, TproxyListener
+from tproxyd.config.model import DirectBackend, Exclude, Limits, Timeouts, TproxyListener
 from tproxyd.flow import Network
-from tproxyd.netfilter.plan import NEVER_DESTINATIONS, NEVER_SOURCES, Ruleset, as_json, plan
+from tproxyd.netfilter.plan import (
+    LEARNED_IDLE_S,
+    LEARNED_MOST,
+    NEVER_DESTINATIONS,
+    NEVER_SOURCES,
+    Learned,
+    Ruleset,
+    as_json,
+    plan,
+)
 
 ADDRESSES = {4: st.ip_addresses(v=4), 6: st.ip_addresses(v=6)}
 LONGEST = {4: 32, 6: 128}
@@ -53,6 +62,26 @@ def test_the_listener_names_the_port() -> None:
 @pytest.mark.parametrize("on_failure", ["closed", "open"])
 def test_only_an_open_gateway_needs_a_lease(on_failure: str) -> None:
     assert planned(on_failure=on_failure).lease == (on_failure == "open")
+
+
+def test_learned_flows_need_udp_and_a_backend_that_keeps_the_four_tuple() -> None:
+    assert planned().learned == Learned(LEARNED_MOST, LEARNED_IDLE_S)
+    assert planned(udp_ports=()).learned is None
+    assert planned(learned_flows=False).learned is None
+    assert planned(ruleset="iptables").learned is None
+    lan0 = Interception(interfaces=("lan0",))
+    for source, wanted in (("four-tuple", True), ("address", False), ("gateway", False)):
+        config = Config(interception=lan0, backends={"direct": DirectBackend(source=source)})
+        assert (plan(config).learned is not None) == wanted
+
+
+def test_learned_flows_are_no_more_than_flows_and_silent_no_longer_than_those() -> None:
+    config = Config(
+        interception=Interception(interfaces=("lan0",)),
+        limits=Limits(max_flows=100, max_flows_per_client=10),
+        timeouts=Timeouts(udp_idle=0.3),
+    )
+    assert plan(config).learned == Learned(flows=100, idle_s=1)
 
 
 def test_order_of_interfaces_and_families_makes_no_difference() -> None:

@@ -22,6 +22,7 @@ class Direct:
     def __init__(self, settings: DirectSettings, server_mark: int, counters: Counters) -> None:
         """Args: settings: which source address the server sees; counters: where clashes are counted."""
         self.full_cone = settings.nat == "full-cone"
+        self.keeps_four_tuple = settings.source == "four-tuple"
         self._source = settings.source
         self._mark = server_mark
         self._counters = counters
