@@ -16,24 +16,29 @@ from tproxyd.config.model import (
     Config,
     DirectBackend,
     Exclude,
+    HttpConnectBackend,
     Interception,
     Limits,
     Logging,
+    Socks5Backend,
     Timeouts,
     TproxyListener,
 )
-from tproxyd.config.scalars import Mark, PortRange, Prefix
+from tproxyd.config.scalars import Mark, PortRange, Prefix, Server
 
 __all__ = [
     "Config",
     "DirectBackend",
     "Exclude",
+    "HttpConnectBackend",
     "Interception",
     "Limits",
     "Logging",
     "Mark",
     "PortRange",
     "Prefix",
+    "Server",
+    "Socks5Backend",
     "Timeouts",
     "TproxyListener",
     "load_config",

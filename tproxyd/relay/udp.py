@@ -10,27 +10,26 @@ from __future__ import annotations
 import errno
 import logging
 import select
-import socket
 from time import monotonic
-from typing import Final
+from typing import TYPE_CHECKING, Final, cast
 
-from tproxyd.flow import LOOPBACK, Cause, Client, Decision, Flow, FlowEnd, Layer, Network, OrigDst, Phase
+from tproxyd.flow import LOOPBACK, Cause, Client, Decision, Endpoint, Flow, FlowEnd, Layer, Network, OrigDst, Phase
 from tproxyd.relay import icmp, sockets
 from tproxyd.relay.context import Context
 from tproxyd.relay.poller import LEVEL
 from tproxyd.relay.raw_udp import RawUdpSender
+from tproxyd.relay.server_side import DATAGRAM_BYTES, FULL, ServerSide, read_errors
+
+if TYPE_CHECKING:
+    from tproxyd.relay.opening import Opening
 
 _log = logging.getLogger(__name__)
 
-_DATAGRAM_BYTES: Final = 65536
 _DATAGRAMS: Final = 64
 _TICK_S: Final = 1.0
 _LOG_EVERY_S: Final = 10.0
-_RESPONSES_TO_FULL: Final = frozenset({errno.EAGAIN, errno.ENOBUFS, errno.ENOMEM})
-_MAX_ERRORS_READ: Final = 16
 _STRANGERS: Final = 64
 """Flows that others may begin with one client endpoint (full cone), which would otherwise be theirs to exhaust."""
-_ERROR_SPACE: Final = 512
 
 
 class UdpRelay:
@@ -42,7 +41,7 @@ class UdpRelay:
         self.counters = context.counters
         self.icmp = context.icmp
         self.raw = RawUdpSender(client_mark)
-        self.buffer = memoryview(bytearray(_DATAGRAM_BYTES))
+        self.buffer = memoryview(bytearray(DATAGRAM_BYTES))
         self.client_mark = client_mark
         self._context = context
         self._limits = context.limits
@@ -138,7 +137,7 @@ class UdpRelay:
         server_side.flows -= 1
         if not server_side.flows:
             self._server_sides.pop((server_side.decision.backend, server_side.client), None)
-            self.poller.close_socket(server_side.sock)
+            server_side.close()
 
     def drop(self, why: str) -> None:
         """Count a datagram that could not go on; say so now and then."""
@@ -156,16 +155,24 @@ class UdpRelay:
         server_side = self._server_sides.get((decision.backend, client)) if backend.full_cone else None
         if server_side is None:
             try:
-                sock = backend.open_datagram(client, None if backend.full_cone else orig_dst)
+                server_side = self._server_side(client, decision, None if backend.full_cone else orig_dst)
             except OSError as error:
-                self._refuse(client, orig_dst, error)
+                self.counters.udp_not_carried += error.errno == errno.EACCES
+                self.refuse(client, orig_dst, error)
                 return None
-            connected = None if backend.full_cone else orig_dst
-            server_side = ServerSide(self, sock, client, decision, connected)
         flow = self._start(server_side, orig_dst)
         if not server_side.flows:
-            self.poller.close_socket(server_side.sock)
+            server_side.close()
         return flow
+
+    def _server_side(self, client: Client, decision: Decision, connect_to: OrigDst | None) -> ServerSide:
+        open_datagram = self._context.backends[decision.backend].open_datagram
+        way = open_datagram(client, connect_to)
+        if isinstance(way, sockets.Socket):
+            return SocketSide(self, way, client, decision, connect_to)
+        from tproxyd.relay.association import Association
+
+        return Association(self, client, decision, way, lambda: cast("Opening", open_datagram(client, connect_to)))
 
     def _start(self, server_side: ServerSide, orig_dst: OrigDst, *, invited: bool = True) -> UdpFlow | None:
         """Start a flow; one that a stranger began (`invited` is False) never counts against its client's limit."""
@@ -174,7 +181,7 @@ class UdpRelay:
         try:
             flow.open()
             if not server_side.flows:
-                self.poller.register(server_side.sock.fileno(), server_side, LEVEL)
+                server_side.open()
         except OSError as error:
             flow.close()
             self.drop(f"no socket for {client}: {error}")
@@ -191,7 +198,8 @@ class UdpRelay:
         self.counters.flows += 1
         return flow
 
-    def _refuse(self, client: Client, orig_dst: OrigDst, error: OSError) -> None:
+    def refuse(self, client: Client, orig_dst: OrigDst, error: OSError) -> None:
+        """Tell a client that its datagram went nowhere, by ICMP where `error` has one."""
         answer = icmp.from_errno(error.errno or 0, client.version)
         if answer:
             self.icmp.send(answer, Network.UDP, client, orig_dst, payload_bytes=0, now=self.poller.now)
@@ -201,7 +209,7 @@ class UdpRelay:
         if self._context.on_end is None:
             return
         try:
-            source = sockets.source_towards(flow.server_side.sock, flow.orig_dst)
+            source = flow.server_side.source(flow.orig_dst)
         except OSError:
             source = None  # no way there any more
         self._context.on_end(
@@ -225,28 +233,29 @@ class UdpRelay:
             self.end(flow, Cause.IDLE)
 
 
-class ServerSide:
-    """The socket that speaks for a client endpoint towards servers.
+class SocketSide(ServerSide):
+    """A socket of its own: servers are spoken to as the backend says, answers come as they are."""
 
-    Attributes:
-        connected_to: the one server it talks to (symmetric), or None for anyone (full-cone).
-        flows: how many flows use it.
-        strangers: how many of them someone else than the client began.
-    """
-
-    __slots__ = ("client", "connected_to", "decision", "flows", "relay", "sock", "strangers")
+    __slots__ = ("sock",)
 
     def __init__(
         self, relay: UdpRelay, sock: sockets.Socket, client: Client, decision: Decision, connected_to: OrigDst | None
     ) -> None:
         """Take over an open socket."""
-        self.relay = relay
+        super().__init__(relay, client, decision, connected_to)
         self.sock = sock
-        self.client = client
-        self.decision = decision
-        self.connected_to = connected_to
-        self.flows = 0
-        self.strangers = 0
+
+    def open(self) -> None:
+        """Begin to listen for answers; see `ServerSide`."""
+        self.relay.poller.register(self.sock.fileno(), self, LEVEL)
+
+    def close(self) -> None:
+        """Close the socket."""
+        self.relay.poller.close_socket(self.sock)
+
+    def source(self, orig_dst: OrigDst) -> Endpoint | None:
+        """See `ServerSide`."""
+        return sockets.source_towards(self.sock, orig_dst)
 
     def send(self, payload: memoryview, orig_dst: OrigDst) -> None:
         """Send one datagram.
@@ -257,7 +266,7 @@ class ServerSide:
         try:
             self._send(payload, orig_dst)
         except OSError as error:
-            if error.errno in _RESPONSES_TO_FULL or not self._pass_errors_on():
+            if error.errno in FULL or not self._pass_errors_on():
                 raise
             self._send(payload, orig_dst)
 
@@ -426,7 +435,7 @@ class UdpFlow:
         try:
             sock.send(payload)
         except OSError as error:
-            if error.errno in _RESPONSES_TO_FULL or not self._pass_errors_on(sock):
+            if error.errno in FULL or not self._pass_errors_on(sock):
                 raise
             sock.send(payload)
 
@@ -441,15 +450,3 @@ class UdpFlow:
                     error, Network.UDP, self.orig_dst, self.client, payload_bytes=size, now=relay.poller.now
                 )
         return found
-
-
-def read_errors(sock: sockets.Socket, version: int) -> list[tuple[icmp.IcmpError | None, tuple[str, int], int]]:
-    """Read a socket's error queue (MSG_ERRQUEUE, recv(2)): the error, whom it is about, bytes of the datagram."""
-    found: list[tuple[icmp.IcmpError | None, tuple[str, int], int]] = []
-    for _ in range(_MAX_ERRORS_READ):
-        try:
-            data, ancillary, _, peer = sock.recvmsg(_DATAGRAM_BYTES, _ERROR_SPACE, socket.MSG_ERRQUEUE)
-        except OSError:
-            break
-        found.append((icmp.from_error_queue(ancillary, version), (peer[0], peer[1]) if peer else ("", 0), len(data)))
-    return found
