@@ -15,14 +15,13 @@ import socket
 import struct
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.kernel.conftest import checked_lab
-from tests.lab import Daemon, Gateway, TcpService, UdpService, config, eventually
+from tests.lab import Arena, Daemon, Gateway, TcpService, UdpService, config, eventually
 from tests.lab.proxies import http_proxy, socks5_proxy
 from tproxyd.protocols.credentials import Credentials
 
@@ -37,39 +36,6 @@ MOST_HELD = 200_000_000
 CONNECT_S = 1
 
 versions = pytest.mark.parametrize("version", [4, 6], ids=["ipv4", "ipv6"])
-
-
-@dataclass
-class Arena:
-    """A lab with a daemon that takes one way for all flows.
-
-    Attributes:
-        way: the backend's name.
-    """
-
-    lab: Gateway
-    daemon: Daemon
-    way: str
-
-    def sockets(self) -> int:
-        """How many sockets the worker holds."""
-        (pid,) = self.daemon.worker_pids()
-        return sum("socket:" in _target(entry) for entry in Path(f"/proc/{pid}/fd").iterdir())
-
-    def end_of(self, client: tuple[str, int]) -> dict[str, Any]:
-        """The access log's line of the flow of a client endpoint, once it has ended."""
-        shown = f"[{client[0]}]:{client[1]}" if ":" in client[0] else f"{client[0]}:{client[1]}"
-        found = eventually(
-            lambda: [end for end in self.daemon.flow_ends() if end["client"] == shown], f"the flow of {shown} ends"
-        )
-        return found[0]
-
-
-def _target(entry: Path) -> str:
-    try:
-        return str(entry.readlink())
-    except OSError:
-        return ""
 
 
 def chain(lab: Gateway, folder: Path, stack: contextlib.ExitStack, types: list[str]) -> dict[str, Any]:
@@ -119,7 +85,7 @@ def shared(root: None, request: pytest.FixtureRequest, tmp_path_factory: pytest.
         try:
             made = Arena(lab, daemon, request.param)
             for version in (4, 6):  # the worker opens its raw sockets for ICMP once, and keeps them
-                fails(made, version, (UNREACHABLE[version], 80), errno.ECONNRESET)
+                made.fails(version, (UNREACHABLE[version], 80))
             yield made
         finally:
             daemon.stop()
@@ -275,7 +241,7 @@ def test_a_reader_that_stops_stops_the_sender(arena: Arena, pair: Callable[[int]
 
 @versions
 def test_a_refusal_is_a_reset(arena: Arena, version: int) -> None:
-    name = fails(arena, version, (arena.lab.server_address(version), 9), errno.ECONNRESET)
+    name = arena.fails(version, (arena.lab.server_address(version), 9))
     end = arena.end_of(name)
     expected = {
         "direct": ("refused", "connect"),
@@ -287,7 +253,7 @@ def test_a_refusal_is_a_reset(arena: Arena, version: int) -> None:
 @versions
 def test_what_is_unreachable_is_told_by_icmp_and_a_reset(arena: Arena, version: int) -> None:
     before = arena.daemon.recent_counters()["icmp_errors_sent"]
-    name = fails(arena, version, (UNREACHABLE[version], 80), errno.ECONNRESET)
+    name = arena.fails(version, (UNREACHABLE[version], 80))
     end = arena.end_of(name)
     assert (end["cause"], end["phase"]) == ("unreachable", "connect" if arena.way == "direct" else "handshake")
     eventually(lambda: arena.daemon.recent_counters()["icmp_errors_sent"] > before, "an ICMP error is sent")
@@ -295,7 +261,7 @@ def test_what_is_unreachable_is_told_by_icmp_and_a_reset(arena: Arena, version: 
 
 @versions
 def test_silence_is_a_reset_after_the_time_for_it(arena: Arena, version: int) -> None:
-    name = fails(arena, version, (arena.lab.server_address(version), NOBODY_ANSWERS), errno.ECONNRESET)
+    name = arena.fails(version, (arena.lab.server_address(version), NOBODY_ANSWERS))
     end = arena.end_of(name)
     assert (end["cause"], end["phase"]) == ("timed-out", "connect" if arena.way == "direct" else "handshake")
     assert CONNECT_S <= end["duration_s"] < 4
@@ -308,22 +274,6 @@ def test_a_client_that_leaves_cancels_the_way(arena: Arena, version: int) -> Non
     name = client.getsockname()[:2]
     reset(client)
     assert arena.end_of(name)["cause"] == "client-reset"
-
-
-def fails(arena: Arena, version: int, peer: tuple[str, int], code: int) -> tuple[str, int]:
-    """See a connection fail with an errno, while it is made or after; return its client's name."""
-    client = arena.lab.client.socket(FAMILY[version], socket.SOCK_STREAM)
-    client.bind((arena.lab.client_address(version), 0))
-    name: tuple[str, int] = client.getsockname()[:2]
-    found = 0
-    try:
-        client.connect(peer)
-        client.recv(1)
-    except OSError as error:
-        found = error.errno or 0
-    client.close()
-    assert errno.errorcode.get(found) == errno.errorcode[code]
-    return name
 
 
 # Datagrams
