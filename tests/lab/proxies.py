@@ -6,6 +6,7 @@ import errno
 import select
 import socket
 import struct
+from collections.abc import Callable
 from functools import partial
 from typing import Final
 
@@ -15,6 +16,7 @@ from tests.lab.services import TcpService
 from tproxyd.errors import ProtocolError
 from tproxyd.flow import Endpoint
 from tproxyd.protocols import socks5
+from tproxyd.protocols.address import Address
 from tproxyd.protocols.credentials import Credentials
 from tproxyd.protocols.socks5 import Command, Method, Reply, Request
 
@@ -29,9 +31,14 @@ _REPLY: Final = {
 _STATUS: Final = {errno.ECONNREFUSED: b"502 Refused", errno.EHOSTUNREACH: b"502 No Route"}
 
 
-def socks5_proxy(namespace: Namespace, host: str, credentials: Credentials | None = None, port: int = 0) -> TcpService:
-    """A SOCKS5 proxy: CONNECT and UDP ASSOCIATE, with credentials if they are given."""
-    return TcpService(namespace, host, port, partial(_serve_socks5, namespace, credentials))
+def socks5_proxy(
+    namespace: Namespace,
+    host: str,
+    credentials: Credentials | None = None,
+    on_request: Callable[[Address], None] = lambda _: None,
+) -> TcpService:
+    """A SOCKS5 proxy: CONNECT and UDP ASSOCIATE, with credentials if they are given; it tells what it is asked for."""
+    return TcpService(namespace, host, handler=partial(_serve_socks5, namespace, credentials, on_request))
 
 
 def http_proxy(namespace: Namespace, host: str) -> TcpService:
@@ -65,7 +72,12 @@ def relay(one: socket.socket, other: socket.socket) -> None:
         other.close()
 
 
-def _serve_socks5(namespace: Namespace, credentials: Credentials | None, client: socket.socket) -> None:
+def _serve_socks5(
+    namespace: Namespace,
+    credentials: Credentials | None,
+    on_request: Callable[[Address], None],
+    client: socket.socket,
+) -> None:
     server = socks5.Server([Method.USER_PASSWORD if credentials else Method.NONE])
     try:
         request = converse(client, server)
@@ -79,6 +91,7 @@ def _serve_socks5(namespace: Namespace, credentials: Credentials | None, client:
     except ProtocolError:
         return
     assert isinstance(request, Request)
+    on_request(request.address)
     if request.command is Command.UDP_ASSOCIATE:
         _associate(namespace, client, server)
         return

@@ -161,6 +161,7 @@ class ProxyBackend(Typed):
     types: ClassVar[tuple[str, ...]] = BACKEND_TYPES
     types_not_yet: ClassVar[tuple[str, ...]] = DirectBackend.types_not_yet
 
+    type: Literal["socks5", "http_connect"]
     server: ServerField = Field(examples=["192.0.2.1:1080"])
     via: StrictStr | None = None
     resolve: Literal["remote", "local"] = "remote"

@@ -21,14 +21,11 @@ from tproxyd.daemon.privileges import drop_to, raise_descriptor_limit
 from tproxyd.errors import TproxydError
 from tproxyd.policy import Policy
 from tproxyd.relay.backends.make import make_backends
-from tproxyd.relay.complaints import Complaints
 from tproxyd.relay.context import Context
 from tproxyd.relay.counters import Counters
 from tproxyd.relay.icmp import IcmpSender
 from tproxyd.relay.limits import FlowLimits
-from tproxyd.relay.opening import Means
 from tproxyd.relay.poller import Poller
-from tproxyd.relay.resolver import Resolver
 from tproxyd.relay.settings import RelaySettings
 from tproxyd.relay.sockets import Socket
 from tproxyd.relay.tcp import TcpRelay
@@ -50,20 +47,11 @@ class Worker:
         self._counters = Counters()
         self._poller = Poller(loop, self._counters)
         self._icmp = IcmpSender(settings.client_mark, self._counters)
-        self._resolver = Resolver(loop)
-        means = Means(
-            loop=loop,
-            poller=self._poller,
-            resolver=self._resolver,
-            mark=settings.server_mark,
-            limit_s=settings.connect_s,
-            complain=Complaints(),
-        )
         context = Context(
             loop=loop,
             poller=self._poller,
             policy=Policy(settings.default),
-            backends=make_backends(settings.backends, means, self._counters),
+            backends=make_backends(settings, loop, self._poller, self._counters),
             limits=FlowLimits(settings.max_flows, settings.max_flows_per_client),
             counters=self._counters,
             icmp=self._icmp,
@@ -84,7 +72,6 @@ class Worker:
         finally:
             self._tcp.close()
             self._udp.close()
-            self._resolver.close()
             self._icmp.close()
             self._poller.close()
 

@@ -40,13 +40,6 @@ class Resolver:
             self._lookups[name] = self._loop.create_task(self._look_up(name))
             self._lookups[name].add_done_callback(_report)
 
-    def close(self) -> None:
-        """Forget who waits."""
-        self._waiting.clear()
-        for lookup in self._lookups.values():
-            lookup.cancel()
-        self._lookups.clear()
-
     async def _look_up(self, name: str) -> None:
         addresses: list[str] = []
         try:

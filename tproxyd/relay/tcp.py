@@ -12,16 +12,18 @@ import logging
 import select
 import socket
 from time import monotonic
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from tproxyd.flow import LOOPBACK, Cause, Client, Decision, Flow, FlowEnd, Layer, Network, OrigDst, Phase
 from tproxyd.relay import icmp, sockets
 from tproxyd.relay.connect_errors import EXHAUSTED, cause_of_failed_connect
 from tproxyd.relay.context import Context
-from tproxyd.relay.opening import Failure, Opening
 from tproxyd.relay.pipes import PipePool
 from tproxyd.relay.poller import LEVEL
 from tproxyd.relay.pump import Direction, SinkReset, SourceReset
+
+if TYPE_CHECKING:
+    from tproxyd.relay.opening import Failure, Opening
 
 _log = logging.getLogger(__name__)
 

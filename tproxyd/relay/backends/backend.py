@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from tproxyd.flow import Client, OrigDst
-from tproxyd.relay.opening import Opening
 from tproxyd.relay.sockets import Socket
+
+if TYPE_CHECKING:
+    from tproxyd.relay.opening import Opening
 
 
 class Backend(Protocol):
