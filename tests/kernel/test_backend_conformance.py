@@ -311,6 +311,7 @@ def refused_as_not_carried(arena: Arena, version: int) -> None:
         with pytest.raises(OSError, match=r"No route|Permission") as caught:
             client.recv(10)
     assert caught.value.errno in (errno.EHOSTUNREACH, errno.EACCES)
+    eventually(lambda: arena.daemon.recent_counters()["udp_not_carried"], "it is counted")
 
 
 @versions

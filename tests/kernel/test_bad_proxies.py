@@ -38,7 +38,7 @@ class Stage:
         self.act: Act = lambda _: None
 
     def __call__(self, connection: socket.socket) -> None:
-        connection.settimeout(5)
+        connection.settimeout(20)  # longer than a test waits for sockets to be closed
         self.act(connection)
 
 

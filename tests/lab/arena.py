@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,13 @@ class Arena:
 
     Attributes:
         way: the kind of way that all flows take.
+        taken: the numbers of the access log's lines that tests have had.
     """
 
     lab: Gateway
     daemon: Daemon
     way: str
+    taken: set[int] = field(default_factory=set)
 
     def sockets(self) -> int:
         """How many sockets the worker holds."""
@@ -32,12 +34,16 @@ class Arena:
         return sum("socket:" in _target(entry) for entry in Path(f"/proc/{pid}/fd").iterdir())
 
     def end_of(self, client: tuple[str, int]) -> dict[str, Any]:
-        """The access log's line of the flow of a client endpoint, once it has ended."""
+        """The access log's line of the flow of a client endpoint, once it has ended; each line once: ports recur."""
         shown = f"[{client[0]}]:{client[1]}" if ":" in client[0] else f"{client[0]}:{client[1]}"
-        found = eventually(
-            lambda: [end for end in self.daemon.flow_ends() if end["client"] == shown], f"the flow of {shown} ends"
-        )
-        return found[0]
+
+        def new() -> list[int]:
+            ends = enumerate(self.daemon.flow_ends())
+            return [number for number, end in ends if end["client"] == shown and number not in self.taken]
+
+        number = eventually(new, f"the flow of {shown} ends")[0]
+        self.taken.add(number)
+        return self.daemon.flow_ends()[number]
 
     def fails(self, version: int, peer: tuple[str, int]) -> tuple[str, int]:
         """See a connection reset, while it is made or after; return its client's name."""
