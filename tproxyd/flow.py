@@ -102,26 +102,32 @@ class Layer(StrEnum):
 
 
 class Phase(StrEnum):
-    """How far a flow had come when it ended."""
+    """How far a flow had come when it ended: to a server (or a first proxy), to what proxies say, to its bytes."""
 
     ACCEPT = "accept"
     CONNECT = "connect"
+    HANDSHAKE = "handshake"
     RELAY = "relay"
 
 
 class Cause(StrEnum):
-    """The first thing that ended a flow; a server refusing is not a client leaving."""
+    """The first thing that ended a flow; a server refusing is not a client leaving, nor a proxy saying no.
+
+    What a rule rejects is rejected at once (`Phase.ACCEPT`), what a proxy does later.
+    """
 
     DONE = "done"
     CLIENT_RESET = "client-reset"
     SERVER_RESET = "server-reset"
     REFUSED = "refused"
     UNREACHABLE = "unreachable"
+    REJECTED = "rejected"
+    PROTOCOL = "protocol"
+    UNRESOLVED = "unresolved"
     TIMED_OUT = "timed-out"
     IDLE = "idle"
     LIMIT = "limit"
     LOOP = "loop"
-    REJECTED = "rejected"
     DROPPED = "dropped"
     RESOURCES = "resources"
     SHUTDOWN = "shutdown"
@@ -132,7 +138,7 @@ class Cause(StrEnum):
 class FlowEnd:
     """Why and how a flow ended: first cause and phase, bytes each way, age.
 
-    `source` is the address and port that the server saw, None where it never came to that.
+    `source` is the address and port that the server (or the first proxy) saw, None where it never came to that.
     """
 
     flow: Flow

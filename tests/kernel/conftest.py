@@ -33,7 +33,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.kernel)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def root() -> None:
     """Skip where the kernel can't be worked on; in CI that is a failure."""
     if os.geteuid() == 0:
@@ -51,15 +51,12 @@ def ruleset(request: pytest.FixtureRequest) -> str:
     return name
 
 
-@pytest.fixture
-def lab(root: None, request: pytest.FixtureRequest) -> Iterator[Gateway]:
-    """client - gateway - server; mark a test `one_armed` to have all three on one switch.
-
-    At the end the gateway must hold exactly what it held at the start, and this process no more open files.
-    """
+@contextlib.contextmanager
+def checked_lab(*, one_armed: bool = False) -> Iterator[Gateway]:
+    """client - gateway - server; at the end the gateway must hold what it held before, and we no more open files."""
     gc.collect()
     files = open_descriptors()
-    made = Gateway(one_armed=request.node.get_closest_marker("one_armed") is not None)
+    made = Gateway(one_armed=one_armed)
     try:
         before = Residue.of(made.gateway)
         yield made
@@ -71,6 +68,13 @@ def lab(root: None, request: pytest.FixtureRequest) -> Iterator[Gateway]:
     opened = {number: target for number, target in open_descriptors().items() if files.get(number) != target}
     assert not left, f"the gateway is not as it was:\n{left}"
     assert not opened, f"open files are left: {opened}"
+
+
+@pytest.fixture
+def lab(root: None, request: pytest.FixtureRequest) -> Iterator[Gateway]:
+    """A `checked_lab`; mark a test `one_armed` to have all three on one switch."""
+    with checked_lab(one_armed=request.node.get_closest_marker("one_armed") is not None) as made:
+        yield made
 
 
 @pytest.fixture

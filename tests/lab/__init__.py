@@ -3,6 +3,7 @@
 Nothing here knows pytest; the fixtures stand in `tests/kernel/conftest.py`.
 """
 
+from tests.lab.arena import Arena
 from tests.lab.daemon import Daemon, DaemonError, cli, config, tproxyd, write_config
 from tests.lab.gateway import Gateway
 from tests.lab.namespace import Namespace
@@ -11,6 +12,7 @@ from tests.lab.services import TcpService, UdpService, answers, ask, service
 from tests.lab.waiting import eventually
 
 __all__ = [
+    "Arena",
     "Daemon",
     "DaemonError",
     "Gateway",

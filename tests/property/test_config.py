@@ -85,10 +85,12 @@ def words(text: str) -> st.SearchStrategy[str]:
 KEYS = words(
     "interception interfaces ruleset families tcp_ports exclude destinations mark server_mark route_table "
     "listeners name type port backends direct source default timeouts connect limits max_flows workers user "
+    "server via username password_file resolve "
     "logging rules"
 )
 SCALARS = words(
-    "lan0 lo eth* ipv4 80 1-65535 1:2 0x1/0x1 0x1 5s 5 auto nobody direct tproxy socks5 true off ~ .nan 1e99 "
+    "lan0 lo eth* ipv4 80 1-65535 1:2 0x1/0x1 0x1 5s 5 auto nobody direct tproxy socks5 http_connect "
+    "192.0.2.1:1080 true off ~ .nan 1e99 "
     "* & ! 10.0.0.0/8 10.0.0.1/8 ::1/128 fe80::1%1 '' [] {}"
 )
 NODES = st.recursive(

@@ -18,19 +18,22 @@ from tproxyd.config.model import (
     Config,
     DirectBackend,
     Exclude,
+    HttpConnectBackend,
     Interception,
     Limits,
     Logging,
+    Socks5Backend,
     Timeouts,
     TproxyListener,
 )
 from tproxyd.config.rules import RuleMatch, RuleSection, policy_rules
-from tproxyd.config.scalars import Mark, PortRange, Prefix
+from tproxyd.config.scalars import Mark, PortRange, Prefix, Server
 
 __all__ = [
     "Config",
     "DirectBackend",
     "Exclude",
+    "HttpConnectBackend",
     "Interception",
     "Limits",
     "Logging",
@@ -39,6 +42,8 @@ __all__ = [
     "Prefix",
     "RuleMatch",
     "RuleSection",
+    "Server",
+    "Socks5Backend",
     "Timeouts",
     "TproxyListener",
     "load_config",

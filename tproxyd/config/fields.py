@@ -26,9 +26,12 @@ from tproxyd.config.scalars import (
     Mark,
     PortRange,
     Prefix,
+    Server,
     check_account,
     check_interface,
     check_name,
+    check_path,
+    check_username,
     checked_duration,
     format_duration,
     merge_ports,
@@ -36,6 +39,7 @@ from tproxyd.config.scalars import (
     parse_mark,
     parse_ports,
     parse_prefix,
+    parse_server,
 )
 from tproxyd.config.wording import shortened, shown
 from tproxyd.flow import Network
@@ -233,6 +237,12 @@ def _read_account(value: object) -> str:
     return check_account(_text(value, "the name of an account"))
 
 
+def _read_server(value: object) -> Server:
+    if isinstance(value, Server):
+        return value
+    return parse_server(_text(value, "HOST:PORT, such as 192.0.2.1:1080"))
+
+
 def _check_table(table: int) -> int:
     if table in _RESERVED_TABLES:
         raise ValueError(f"table {table} is the kernel's own ({_RESERVED_TABLES[table]}); take another number")
@@ -263,6 +273,9 @@ Duration = Annotated[float, PlainValidator(_read_duration), _DURATION]
 Workers = Annotated[int | Literal["auto"], PlainValidator(_read_workers), _AS_IS]
 Name = Annotated[StrictStr, AfterValidator(check_name)]
 Account = Annotated[str, PlainValidator(_read_account), _TEXT]
+ServerField = Annotated[Server, PlainValidator(_read_server), _TEXT]
+Username = Annotated[StrictStr, AfterValidator(check_username)]
+FilePath = Annotated[StrictStr, AfterValidator(check_path)]
 Table = Annotated[StrictInt, Field(ge=0, le=2**32 - 1), AfterValidator(_check_table)]
 Port = Annotated[StrictInt, Field(ge=1, le=MAX_PORT)]
 Priority = Annotated[StrictInt, Field(ge=1, le=32765)]

@@ -7,7 +7,7 @@ Pure. Positions and files are unknown here (see `document`, `report`, `loader`);
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import Annotated, Any, ClassVar, Final, Literal
+from typing import Annotated, Any, ClassVar, Final, Literal, Self
 
 from pydantic import (
     AfterValidator,
@@ -16,6 +16,7 @@ from pydantic import (
     StrictStr,
     ValidationError,
     ValidationInfo,
+    WrapValidator,
     field_validator,
     model_validator,
 )
@@ -26,6 +27,7 @@ from tproxyd.config.fields import (
     Account,
     Duration,
     Families,
+    FilePath,
     FlowCount,
     Interfaces,
     MarkField,
@@ -34,7 +36,9 @@ from tproxyd.config.fields import (
     Ports,
     Prefixes,
     Priority,
+    ServerField,
     Table,
+    Username,
     Workers,
     problem,
     unexpected,
@@ -144,15 +148,103 @@ class TproxyListener(Typed):
     port: Port = Field(examples=["7440"])
 
 
+BACKEND_TYPES: Final = ("direct", "socks5", "http_connect")
+
+
 class DirectBackend(Typed):
     """Reaches the original destination itself, from an address that `source` chooses."""
 
-    types: ClassVar[tuple[str, ...]] = ("direct",)
-    types_not_yet: ClassVar[tuple[str, ...]] = ("upstream", "socks5", "http_connect", "tunnel")
+    types: ClassVar[tuple[str, ...]] = BACKEND_TYPES
+    types_not_yet: ClassVar[tuple[str, ...]] = ("upstream", "tunnel")
 
     type: Literal["direct"] = Field(default="direct", examples=["direct"])
     source: Literal["four-tuple", "address", "gateway"] = "four-tuple"
     nat: Literal["full-cone", "symmetric"] = "full-cone"
+
+
+class ProxyBackend(Typed):
+    """Asks a proxy for the original destination."""
+
+    types: ClassVar[tuple[str, ...]] = BACKEND_TYPES
+    types_not_yet: ClassVar[tuple[str, ...]] = DirectBackend.types_not_yet
+
+    type: Literal["socks5", "http_connect"]
+    server: ServerField = Field(examples=["192.0.2.1:1080"])
+    via: StrictStr | None = None
+    resolve: Literal["remote", "local"] = "remote"
+    username: Username | None = None
+    password_file: FilePath | None = None
+
+    @model_validator(mode="after")
+    def _both_or_none(self) -> Self:
+        if (self.username is None) != (self.password_file is None):
+            there, lacks = ("password_file", "username") if self.username is None else ("username", "password_file")
+            error = ValueError(f"username and password_file belong together; add {lacks}")
+            raise ValidationError.from_exception_data("backend", [problem(error, getattr(self, there), there)])
+        return self
+
+
+class Socks5Backend(ProxyBackend):
+    """Asks a SOCKS5 proxy, for UDP as well."""
+
+    type: Literal["socks5"] = Field(default="socks5", examples=["socks5"])
+
+
+class HttpConnectBackend(ProxyBackend):
+    """Asks an HTTP proxy by CONNECT."""
+
+    not_yet: ClassVar[frozenset[str]] = frozenset({"tls", "ca_file", "server_name"})
+
+    type: Literal["http_connect"] = Field(default="http_connect", examples=["http_connect"])
+
+    @field_validator("username")
+    @classmethod
+    def _no_colon(cls, name: str | None) -> str | None:
+        if name is not None and ":" in name:
+            raise ValueError(f"{shown(name)} contains a colon, which HTTP Basic has no way to say; remove it")
+        return name
+
+
+Backend = DirectBackend | Socks5Backend | HttpConnectBackend
+BACKENDS: Final[Mapping[Any, type[Backend]]] = {"socks5": Socks5Backend, "http_connect": HttpConnectBackend}
+
+
+def _read_backend(value: object, _union: object, info: ValidationInfo) -> Backend:
+    """Read a backend by its type; one without a type, or with a wrong one, gets told of that."""
+    if isinstance(value, Backend):
+        return value
+    kind = value.get("type") if isinstance(value, Mapping) else None
+    section = BACKENDS.get(kind, DirectBackend) if isinstance(kind, str) else DirectBackend
+    return section.model_validate(value, context=info.context)
+
+
+def _check_vias(backends: Mapping[str, Backend]) -> Mapping[str, Backend]:
+    """Each `via` must name a proxy, and none may lead back to where it came from."""
+    wrong: list[InitErrorDetails] = []
+    for name, backend in backends.items():
+        if isinstance(backend, ProxyBackend) and backend.via is not None and (text := _wrong_via(name, backends)):
+            wrong.append(problem(ValueError(text), backend.via, name, "via"))
+    if wrong:
+        raise ValidationError.from_exception_data("backends", wrong)
+    return backends
+
+
+def _wrong_via(name: str, backends: Mapping[str, Backend]) -> str:
+    """Return what is wrong with a backend's `via`, or nothing."""
+    via = _via(backends[name])
+    if not isinstance(backends.get(str(via)), ProxyBackend):
+        proxies = [other for other, one in backends.items() if isinstance(one, ProxyBackend) and other != name]
+        hint = f"write {one_of(proxies)}" if proxies else "remove it"
+        return f"{shown(via)} is no backend of type socks5 or http_connect; {hint}"
+    way = [name]
+    while via is not None and via in backends and via not in way:
+        way.append(via)
+        via = _via(backends[via])
+    return f"a loop: {' via '.join([*way, name])}; remove one via" if via == name else ""
+
+
+def _via(backend: Backend) -> str | None:
+    return backend.via if isinstance(backend, ProxyBackend) else None
 
 
 class Timeouts(Section):
@@ -217,7 +309,7 @@ def _only_one(listeners: tuple[TproxyListener, ...]) -> tuple[TproxyListener, ..
     return listeners
 
 
-def _with_direct(backends: Mapping[str, DirectBackend]) -> Mapping[str, DirectBackend]:
+def _with_direct(backends: Mapping[str, Backend]) -> Mapping[str, Backend]:
     for name in ACTIONS:
         if name in backends:
             error = ValueError(f"{shown(name)} is what a rule's action is called; take another name")
@@ -234,9 +326,11 @@ class Config(Section):
     listeners: Annotated[tuple[TproxyListener, ...], AfterValidator(_only_one)] = (
         TproxyListener(name="tproxy", port=7440),
     )
-    backends: Annotated[Mapping[Name, DirectBackend], AfterValidator(_with_direct)] = Field(
-        default_factory=lambda: {"direct": DirectBackend()}
-    )
+    backends: Annotated[
+        Mapping[Name, Annotated[Backend, WrapValidator(_read_backend)]],
+        AfterValidator(_with_direct),
+        AfterValidator(_check_vias),
+    ] = Field(default_factory=lambda: {"direct": DirectBackend()})
     rules: tuple[RuleSection, ...] = ()
     default: StrictStr = "direct"
     timeouts: Timeouts = Timeouts()

@@ -9,7 +9,7 @@ from typing import Any, Final, get_args
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from tproxyd.config.document import Entries, Entry, Items, Node, Position, Problem
+from tproxyd.config.document import Entries, Entry, Items, Leaf, Node, Position, Problem
 from tproxyd.config.model import Config
 from tproxyd.config.section import Section
 from tproxyd.config.wording import shown
@@ -24,7 +24,7 @@ def explain(error: ValidationError, root: Node, at_most: int) -> list[Problem]:
     """Return the first `at_most` problems, in the order of the file."""
     details = error.errors(include_url=False)
     placed = sorted(((_place(root, one), one) for one in details), key=lambda pair: pair[0])
-    return [Problem(position, _sentence(one)) for position, one in placed[:at_most]]
+    return [Problem(position, _sentence(one, root)) for position, one in placed[:at_most]]
 
 
 # Places
@@ -58,15 +58,15 @@ def _trail(root: Node, loc: Loc) -> list[Entry]:
 # Words
 
 
-def _sentence(details: ErrorDetails) -> str:
+def _sentence(details: ErrorDetails, root: Node) -> str:
     loc = details["loc"]
     match details["type"]:
         case "extra_forbidden":
-            what = _unknown(loc)
+            what = _unknown(loc, root)
         case "missing":
-            what = f"missing{_example(loc)}"
+            what = f"missing{_example(loc, root)}"
         case _:
-            what = _what(details)
+            what = _what(details, root)
     return f"{_path(loc)}: {what}" if loc else what
 
 
@@ -84,7 +84,7 @@ def _path(loc: Loc) -> str:
     return path.removeprefix(".")
 
 
-def _what(details: ErrorDetails) -> str:
+def _what(details: ErrorDetails, root: Node) -> str:
     found, ctx = details["input"], details.get("ctx", {})
     match details["type"]:
         case "value_error":
@@ -99,7 +99,7 @@ def _what(details: ErrorDetails) -> str:
             what = f"expected {_EXPECTED[kind]}, found {shown(found)}{_hint(kind, found)}"
         case _:
             what = details["msg"]
-    return what if found is not None else what + _fill(details["loc"])
+    return what if found is not None else what + _fill(details["loc"], root)
 
 
 _EXPECTED: Final = {
@@ -125,21 +125,21 @@ def _hint(kind: str, found: object) -> str:
             return ""
 
 
-def _fill(loc: Loc) -> str:
+def _fill(loc: Loc, root: Node) -> str:
     """Return the hint for a key that has no value."""
     if not loc or isinstance(loc[-1], int):
         return ""
-    return _example(loc) or "; leave the key out for its default"
+    return _example(loc, root) or "; leave the key out for its default"
 
 
-def _example(loc: Loc) -> str:
+def _example(loc: Loc, root: Node) -> str:
     key = str(loc[-1])
-    field = _section(loc).model_fields.get(key)
+    field = _section(loc, root).model_fields.get(key)
     return f"; write {key}: {field.examples[0]}" if field and field.examples else ""
 
 
-def _unknown(loc: Loc) -> str:
-    section, key = _section(loc), str(loc[-1])
+def _unknown(loc: Loc, root: Node) -> str:
+    section, key = _section(loc, root), str(loc[-1])
     if key in section.not_yet:
         return "not in this version; remove it"
     known = list(section.model_fields)
@@ -147,18 +147,30 @@ def _unknown(loc: Loc) -> str:
     return f"unknown key; did you mean {close[0]}?" if close else f"unknown key; known here: {', '.join(known)}"
 
 
-def _section(loc: Loc) -> type[Section]:
-    """Return the section whose key is the last step of `loc`."""
+def _section(loc: Loc, root: Node) -> type[Section]:
+    """Return the section whose key is the last step of `loc`; where several may stand, the file's `type` tells."""
     section: type[Section] = Config
-    for step in loc[:-1]:
+    for depth, step in enumerate(loc[:-1]):
         field = section.model_fields.get(str(step))
-        inner = _section_in(field.annotation) if field else None
-        section = inner or section
+        inner = _sections_in(field.annotation) if field else []
+        if inner:
+            kind = _type_at(root, loc[: depth + 2])
+            section = next((one for one in inner if kind is not None and _default_type(one) == kind), inner[0])
     return section
 
 
-def _section_in(annotation: Any) -> type[Section] | None:
-    """Return the section that an annotation such as `tuple[TproxyListener, ...]` speaks of."""
+def _sections_in(annotation: Any) -> list[type[Section]]:
+    """Return the sections that an annotation such as `tuple[TproxyListener, ...]` speaks of."""
     if isinstance(annotation, type) and issubclass(annotation, Section):
-        return annotation
-    return next((found for inner in get_args(annotation) if (found := _section_in(inner))), None)
+        return [annotation]
+    return [found for inner in get_args(annotation) for found in _sections_in(inner)]
+
+
+def _type_at(root: Node, loc: Loc) -> object:
+    node = _trail(root, (*loc, "type"))[-1].node
+    return node.value if isinstance(node, Leaf) else None
+
+
+def _default_type(section: type[Section]) -> object:
+    field = section.model_fields.get("type")
+    return field.default if field else None

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from ipaddress import IPv4Network, IPv6Network, ip_network
+from ipaddress import IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 from typing import Final
 
 from tproxyd.config.wording import shown
@@ -248,3 +248,93 @@ def check_account(name: str) -> str:
     if not _ACCOUNT.fullmatch(name):
         raise ValueError(f"{shown(name)} is no user name; write an account's name, such as nobody")
     return name
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """Where a proxy listens: an address or a host name, and a port. Written `192.0.2.1:1080`, `[2001:db8::1]:1080`.
+
+    Raises:
+        ValueError: the host is neither an address nor a name, or the port is none.
+    """
+
+    host: str
+    port: int
+
+    def __post_init__(self) -> None:
+        PortRange(self.port, self.port)
+        if not _HOST_NAME.fullmatch(self.host) or len(self.host) > MAX_NAME_CHARS or _NUMERIC_END.search(self.host):
+            _check_server_address(self.host)
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+MAX_NAME_CHARS: Final = 253  # RFC 1035 §2.3.4, without the root's dot
+_LABEL: Final = "[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"
+_HOST_NAME: Final = re.compile(rf"{_LABEL}(?:\.{_LABEL})*")
+# No top-level domain is a number (RFC 1123 §2.1), but inet_aton(3) takes "127.1" and "0x7f.1" for addresses.
+_NUMERIC_END: Final = re.compile(r"(?:^|\.)(?:[0-9]+|0[xX][0-9A-Fa-f]*)$")
+_SERVER: Final = re.compile(r"(?:\[([0-9A-Fa-f:.]{2,45})\]|([^\[\]:]{1,253})):([0-9]{1,8})")
+
+
+def parse_server(text: str) -> Server:
+    """Read `192.0.2.1:1080`, `[2001:db8::1]:1080` or `proxy.example:1080`.
+
+    Raises:
+        ValueError: anything else, or a place that `Server` refuses.
+    """
+    parts = _SERVER.fullmatch(text)
+    if parts is None:
+        raise ValueError(f"{shown(text)} is not HOST:PORT; write such as 192.0.2.1:1080 or [2001:db8::1]:1080")
+    host = parts[1] or parts[2]
+    return Server(str(ip_address(host)) if parts[1] and _is_address(host) else host, int(parts[3]))
+
+
+def _is_address(text: str) -> bool:
+    try:
+        ip_address(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _check_server_address(host: str) -> None:
+    try:
+        address = ip_address(host)
+    except ValueError:
+        raise ValueError(f"{shown(host)} is neither an address nor a host name; write such as 192.0.2.1") from None
+    if address.is_unspecified or address.is_multicast:
+        raise ValueError(f"{shown(host)} is no address that a server has; write its own")
+    if isinstance(address, IPv6Address) and (address.ipv4_mapped or address.scope_id):
+        raise ValueError(f"{shown(host)} is an address that the network never shows; write a plain one")
+
+
+_UNPRINTABLE: Final = re.compile(r"[\x00-\x1f\x7f]")
+
+
+def check_username(name: str) -> str:
+    """Return the name if a proxy can be told it (RFC 1929 §2: 1 to 255 bytes).
+
+    Raises:
+        ValueError: it can't.
+    """
+    if not 1 <= len(name.encode("utf-8", "surrogatepass")) <= MAX_USERNAME_BYTES:
+        raise ValueError(f"{shown(name)} is no user name for a proxy; it has 1 to {MAX_USERNAME_BYTES} bytes")
+    if _UNPRINTABLE.search(name):
+        raise ValueError(f"{shown(name)} is no user name for a proxy: it contains control characters; remove them")
+    return name
+
+
+MAX_USERNAME_BYTES: Final = 255
+
+
+def check_path(path: str) -> str:
+    """Return the path if it is an absolute one.
+
+    Raises:
+        ValueError: it isn't.
+    """
+    if not path.startswith("/") or "\0" in path:
+        raise ValueError(f"{shown(path)} is no absolute path; write such as /etc/tproxyd/proxy.secret")
+    return path

@@ -15,13 +15,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Final, Self
 
-from tproxyd.errors import TproxydError
+from tproxyd.daemon.secret import read_secret
+from tproxyd.errors import ConfigError, LocalProtocolError, TproxydError
 from tproxyd.flow import Network
 from tproxyd.policy import pack
-from tproxyd.relay.settings import DirectSettings, RelaySettings
+from tproxyd.relay.settings import BackendSettings, DirectSettings, ProxySettings, RelaySettings
 
 if TYPE_CHECKING:
     from tproxyd.config import Config
+    from tproxyd.config.model import Backend
     from tproxyd.netfilter.plan import Ruleset
 
 
@@ -173,7 +175,7 @@ def summary(config: Config, ruleset: Ruleset) -> Prepared:
     return Prepared(
         settings=RelaySettings(
             listener=config.listeners[0].name,
-            backends={n: DirectSettings(source=b.source, nat=b.nat) for n, b in config.backends.items()},
+            backends={name: _backend(name, backend) for name, backend in config.backends.items()},
             connect_s=config.timeouts.connect,
             tcp_idle_s=config.timeouts.tcp_idle,
             udp_idle_s=config.timeouts.udp_idle,
@@ -201,6 +203,44 @@ def _learning(ruleset: Ruleset) -> LearningSettings | None:
         return None
     versions = tuple(each.version for each in ruleset.intercepts if each.network is Network.UDP)
     return LearningSettings(versions, ruleset.learned.flows, ruleset.learned.idle_s, ruleset.interfaces)
+
+
+def _backend(name: str, backend: Backend) -> BackendSettings:
+    """Return a backend with its secret, which is read here, with the rights of root.
+
+    Raises:
+        ConfigError: the secret can't be read, or anyone could.
+    """
+    if backend.type == "direct":
+        return DirectSettings(source=backend.source, nat=backend.nat)
+    place = f"backends.{name}.password_file"
+    settings = ProxySettings(
+        type=backend.type,
+        host=backend.server.host,
+        port=backend.server.port,
+        via=backend.via,
+        resolve=backend.resolve,
+        username=backend.username,
+        password=read_secret(Path(backend.password_file), place) if backend.password_file else "",
+    )
+    if settings.username is not None:
+        _check_credentials(settings, place)
+    return settings
+
+
+def _check_credentials(settings: ProxySettings, place: str) -> None:
+    """Have the codec look at the password: what its protocol can't say should be known before a flow meets it."""
+    from tproxyd.protocols import http_connect, socks5
+    from tproxyd.protocols.credentials import Credentials
+
+    credentials = Credentials(settings.username or "", settings.password)
+    try:
+        if settings.type == "socks5":
+            socks5.Client(socks5.Command.CONNECT, socks5.UNSPECIFIED, credentials)
+        else:
+            http_connect.Client(socks5.UNSPECIFIED, credentials)
+    except LocalProtocolError as error:
+        raise ConfigError([f"{place}: {error}"]) from None
 
 
 def share(settings: RelaySettings, workers: int) -> RelaySettings:

@@ -16,6 +16,7 @@ import os
 import signal
 import socket
 import sys
+from dataclasses import replace
 from typing import Any, Final
 
 from tproxyd.daemon.log import log_flow_end, set_up_logging
@@ -23,7 +24,7 @@ from tproxyd.daemon.privileges import drop_to, raise_descriptor_limit
 from tproxyd.errors import TproxydError
 from tproxyd.flow import Action, Client, FlowKey, OrigDst
 from tproxyd.policy import Policy
-from tproxyd.relay.backends.direct import Direct
+from tproxyd.relay.backends.make import make_backends
 from tproxyd.relay.context import Context
 from tproxyd.relay.counters import Counters, RuleCounters
 from tproxyd.relay.icmp import IcmpSender
@@ -39,6 +40,10 @@ _ORPHAN_CHECK_S: Final = 1.0
 _LIKE_ROUTED: Final = DirectSettings(source="four-tuple", nat="full-cone")
 """How a flow is carried that a rule bypasses, where it has come to a worker all the same."""
 _log = logging.getLogger(__name__)
+
+
+def _with_bypass(settings: RelaySettings) -> RelaySettings:
+    return replace(settings, backends={**settings.backends, Action.BYPASS: _LIKE_ROUTED})
 
 
 class Worker:
@@ -59,10 +64,7 @@ class Worker:
             loop=loop,
             poller=self._poller,
             policy=policy,
-            backends={
-                name: Direct(backend, settings.server_mark, self._counters)
-                for name, backend in {**settings.backends, Action.BYPASS: _LIKE_ROUTED}.items()
-            },
+            backends=make_backends(_with_bypass(settings), loop, self._poller, self._counters),
             limits=FlowLimits(settings.max_flows, settings.max_flows_per_client),
             counters=self._counters,
             rule_counters=self._rule_counters,

@@ -212,7 +212,9 @@ def surroundings(ruleset: Ruleset, config: Config) -> Surroundings:
 def _learned(config: Config) -> Learned | None:
     """Only a flow that looks the same to the server when it is forwarded can be learned."""
     wanted = config.interception
-    forwardable = any(backend.source == "four-tuple" for backend in config.backends.values())
+    forwardable = any(
+        backend.type == "direct" and backend.source == "four-tuple" for backend in config.backends.values()
+    )
     if not (wanted.learned_flows and wanted.udp_ports and forwardable):
         return None
     idle_s = max(1, min(int(config.timeouts.udp_idle), LEARNED_IDLE_S))

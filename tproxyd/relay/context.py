@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from tproxyd.flow import FlowEnd
 from tproxyd.policy import Policy
-from tproxyd.relay.backends.direct import Direct
+from tproxyd.relay.backends.backend import Backend
 from tproxyd.relay.counters import Counters, RuleCounters
 from tproxyd.relay.icmp import IcmpSender
 from tproxyd.relay.learning import Learning
@@ -29,7 +29,7 @@ class Context:
     loop: asyncio.AbstractEventLoop
     poller: Poller
     policy: Policy
-    backends: dict[str, Direct]
+    backends: Mapping[str, Backend]
     limits: FlowLimits
     counters: Counters
     rule_counters: RuleCounters

@@ -23,6 +23,8 @@ class Counters:
     accept_pauses: int = 0
     udp_dropped: int = 0
     udp_without_orig_dst: int = 0
+    udp_not_carried: int = 0
+    udp_associations_lost: int = 0
     udp_raw_replies: int = 0
     icmp_errors_sent: int = 0
     flow_errors: int = 0

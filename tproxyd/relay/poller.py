@@ -69,6 +69,11 @@ class Poller:
         self._epoll.register(fd, events)
         self._watchers[fd] = watcher
 
+    def hand_over(self, fd: int, watcher: Watcher, events: int = EDGE) -> None:
+        """Let another watch a descriptor from now on; its first event comes at once if it is ready."""
+        self._epoll.modify(fd, events)
+        self._watchers[fd] = watcher
+
     def unregister(self, fd: int) -> None:
         """Stop watching a descriptor that stays open."""
         if self._watchers.pop(fd, None) is not None:

@@ -161,6 +161,10 @@ class Direction:
             return self._splice(self._pipe)
         return self._copy()
 
+    def hold(self, data: bytes) -> None:
+        """Have `data` go to the sink before anything that is read; before the first `run`."""
+        self._held = data
+
     def flush(self) -> bool:
         """Give the sink what is held, reading nothing; True when nothing is held any more.
 

@@ -111,6 +111,14 @@ def udp_client_side(version: int, mark: int) -> Socket:
     return sock
 
 
+def keep_alive(sock: Socket) -> None:
+    """Have the kernel notice within a minute that the other end of a silent TCP connection is gone."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 30)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 10)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
+
+
 def raw_sender(version: int, protocol: int, mark: int) -> Socket:
     """Open a raw socket that only sends, with whatever source address `sender_address` names.
 

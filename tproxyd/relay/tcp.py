@@ -12,16 +12,20 @@ import logging
 import select
 import socket
 from time import monotonic
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from tproxyd.flow import LOOPBACK, Action, Cause, Client, Decision, Flow, FlowEnd, Layer, Network, OrigDst, Phase
 from tproxyd.policy import refusal
 from tproxyd.relay import icmp, sockets
+from tproxyd.relay.connect_errors import EXHAUSTED, cause_of_failed_connect
 from tproxyd.relay.context import Context
 from tproxyd.relay.pipes import PipePool
 from tproxyd.relay.poller import LEVEL
 from tproxyd.relay.pump import Direction, SinkReset, SourceReset
 from tproxyd.relay.tails import Tails
+
+if TYPE_CHECKING:
+    from tproxyd.relay.opening import Failure, Opening
 
 _log = logging.getLogger(__name__)
 
@@ -36,29 +40,11 @@ _READABLE: Final = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLHUP | select
 _CALM: Final = select.EPOLLIN | select.EPOLLOUT
 """An event that tells of data and of nothing else."""
 _FAILED: Final = select.EPOLLERR | select.EPOLLHUP
-_EXHAUSTED: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 _GONE: Final = frozenset({errno.ECONNABORTED, errno.EPROTO, errno.EPERM, errno.EINTR, errno.ETIMEDOUT})
 """accept(2): the client left before it was accepted, or the firewall said no; the next one may be fine."""
-_UNREACHABLE: Final = frozenset(
-    {
-        *(errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ENETDOWN, errno.EHOSTDOWN),
-        *(errno.EACCES, errno.EPERM, errno.ENOPROTOOPT, errno.ENONET),
-    }
-)
 _CAUSE_OF_REFUSAL: Final = {Action.REJECT: Cause.REJECTED, Action.DROP: Cause.DROPPED}
-
-
-def cause_of_failed_connect(code: int) -> Cause:
-    """Return the cause behind the errno of a failed connect."""
-    if code == errno.ECONNREFUSED:
-        return Cause.REFUSED
-    if code == errno.ETIMEDOUT:
-        return Cause.TIMED_OUT
-    if code == errno.ECONNRESET:
-        return Cause.SERVER_RESET
-    if code in _UNREACHABLE:
-        return Cause.UNREACHABLE
-    return Cause.RESOURCES if code in {*_EXHAUSTED, errno.EADDRNOTAVAIL} else Cause.ERROR
+_TOLD_BY_ICMP: Final = frozenset({Cause.UNREACHABLE, Cause.REJECTED})
+"""A refusal is a reset and nothing else."""
 
 
 class TcpRelay:
@@ -165,7 +151,7 @@ class TcpRelay:
 
     def pause_if_exhausted(self, code: int) -> None:
         """Stop accepting for a moment when descriptors or memory ran out."""
-        if code in _EXHAUSTED and not self._paused:
+        if code in EXHAUSTED and not self._paused:
             self._pause(OSError(code, "opening a server-side socket"))
 
     def _pause(self, error: OSError) -> None:
@@ -211,6 +197,7 @@ class TcpFlow:
         "_decision",
         "_down",
         "_early",
+        "_opening",
         "_relay",
         "_reset_until",
         "_server_side",
@@ -228,6 +215,7 @@ class TcpFlow:
         self._client_side = client_side
         self._client_fd = client_side.fileno()
         self._server_side: sockets.Socket | None = None
+        self._opening: Opening | None = None
         self._calm = False
         self._decision: Decision | None = None
         self._up: Direction | None = None
@@ -245,12 +233,30 @@ class TcpFlow:
         self.phase = Phase.CONNECT
         relay = self._relay
         try:
-            self._server_side = relay.context.backends[decision.backend].connect(self.client, self.orig_dst)
+            way = relay.context.backends[decision.backend].connect(self.client, self.orig_dst)
+            if isinstance(way, sockets.Socket):
+                self._server_side = way
+            else:
+                self._opening = way
             relay.started_connecting(self)
             relay.poller.register(self._client_fd, self)  # first: what it tells is known when the server answers
-            relay.poller.register(self._server_side.fileno(), self)
+            if self._server_side is not None:
+                relay.poller.register(self._server_side.fileno(), self)
+            elif self._opening is not None:
+                self._opening.start(self)
         except OSError as error:
             self._fail_to_connect(error.errno or 0)
+
+    def opened(self, opening: Opening) -> None:
+        """Take over a connection that proxies have led through to the server."""
+        self._opening = None
+        self._server_side = opening.sock
+        self._relay.poller.hand_over(opening.sock.fileno(), self)
+        self._connected(opening.sock, select.EPOLLIN, opening.trailing)
+
+    def failed(self, failure: Failure) -> None:
+        """End: proxies have not led through to the server."""
+        self._fail(failure.cause, failure.code)
 
     def refuse(self, cause: Cause, decision: Decision | None = None) -> None:
         """Reset a flow that was never taken in: the handshake is over, so silence is no choice even for a `drop`."""
@@ -338,6 +344,8 @@ class TcpFlow:
         relay.context.limits.give_back(self.client.address)
         relay.counters.flows -= 1
         self._report(cause)
+        if self._opening is not None:
+            self._opening.cancel(cause)
         for side in (self._client_side, self._server_side):
             if side is not None:
                 if cause is Cause.DONE:
@@ -359,7 +367,7 @@ class TcpFlow:
         elif events & select.EPOLLOUT:
             self._connected(self._server_side, events)
 
-    def _connected(self, server_side: sockets.Socket, events: int) -> None:
+    def _connected(self, server_side: sockets.Socket, events: int, trailing: bytes = b"") -> None:
         relay = self._relay
         relay.connecting.pop(self, None)
         self.phase = Phase.RELAY
@@ -368,6 +376,8 @@ class TcpFlow:
         self._up.hangup = bool(self._early & select.EPOLLRDHUP)
         self._up.urgent = bool(self._early & select.EPOLLPRI)
         self._down.hangup = bool(events & select.EPOLLRDHUP)
+        if trailing:
+            self._down.hold(trailing)
         waiting = self._up.pass_on() if self._up.calm else False
         if (waiting or self._move(self._up)) and events & _READABLE:
             self._move(self._down)
@@ -433,11 +443,14 @@ class TcpFlow:
         self.end(Cause.CLIENT_RESET if incoming is self._up else Cause.SERVER_RESET)
 
     def _fail_to_connect(self, code: int) -> None:
-        cause = cause_of_failed_connect(code)
+        self._fail(cause_of_failed_connect(code), code)
+
+    def _fail(self, cause: Cause, code: int) -> None:
+        """Tell the client as the network would; `code` is an errno, 0 for none."""
         relay = self._relay
         relay.counters.connect_failures += 1
         error = icmp.from_errno(code, self.client.version)
-        if error and cause is Cause.UNREACHABLE:
+        if error and cause in _TOLD_BY_ICMP:
             relay.context.icmp.send(
                 error, Network.TCP, self.client, self.orig_dst, payload_bytes=0, now=relay.poller.now
             )
@@ -470,7 +483,7 @@ class TcpFlow:
                 decision=self._decision,
                 layer=Layer.SPLICE if any(d and d.spliced for d in (self._up, self._down)) else Layer.COPY,
                 cause=cause,
-                phase=self.phase,
+                phase=self._opening.phase if self._opening is not None else self.phase,
                 source=source,
                 bytes_up=up,
                 bytes_down=down,

@@ -10,9 +10,8 @@ from __future__ import annotations
 import errno
 import logging
 import select
-import socket
 from time import monotonic
-from typing import Final
+from typing import TYPE_CHECKING, Final, cast
 
 from tproxyd.flow import (
     LOOPBACK,
@@ -20,6 +19,7 @@ from tproxyd.flow import (
     Cause,
     Client,
     Decision,
+    Endpoint,
     Flow,
     FlowEnd,
     FlowKey,
@@ -34,18 +34,18 @@ from tproxyd.relay.context import Context
 from tproxyd.relay.learning import FIRST_OFFER, NEXT_OFFER
 from tproxyd.relay.poller import LEVEL
 from tproxyd.relay.raw_udp import RawUdpSender
+from tproxyd.relay.server_side import DATAGRAM_BYTES, FULL, ServerSide, read_errors
+
+if TYPE_CHECKING:
+    from tproxyd.relay.opening import Opening
 
 _log = logging.getLogger(__name__)
 
-_DATAGRAM_BYTES: Final = 65536
 _DATAGRAMS: Final = 64
 _TICK_S: Final = 1.0
 _LOG_EVERY_S: Final = 10.0
-_RESPONSES_TO_FULL: Final = frozenset({errno.EAGAIN, errno.ENOBUFS, errno.ENOMEM})
-_MAX_ERRORS_READ: Final = 16
 _STRANGERS: Final = 64
 """Flows that others may begin with one client endpoint (full cone), which would otherwise be theirs to exhaust."""
-_ERROR_SPACE: Final = 512
 _YOUNG_S: Final = 1.0
 """Far longer than a datagram is between the lookup of its socket and that socket's queue."""
 _STRAGGLING_S: Final = 0.25
@@ -60,7 +60,7 @@ class UdpRelay:
         self.counters = context.counters
         self.icmp = context.icmp
         self.raw = RawUdpSender(client_mark)
-        self.buffer = memoryview(bytearray(_DATAGRAM_BYTES))
+        self.buffer = memoryview(bytearray(DATAGRAM_BYTES))
         self.client_mark = client_mark
         self.learning = context.learning
         self._context = context
@@ -180,6 +180,7 @@ class UdpRelay:
             flow.client.version in self.learning.versions
             and flow.invited
             and self._context.backends[server_side.decision.backend].keeps_four_tuple
+            and isinstance(server_side, SocketSide)
             and (server_side.connected_to is None or flow.bytes_down > 0)
             and server_side.sock.getsockname()[:2] == flow.client
             and not sockets.is_local(flow.client.address)
@@ -206,7 +207,7 @@ class UdpRelay:
         server_side.flows -= 1
         if not server_side.flows:
             self._server_sides.pop((server_side.decision.backend, server_side.client), None)
-            self.poller.close_socket(server_side.sock)
+            server_side.close()
 
     def drop(self, why: str) -> None:
         """Count a datagram that could not go on; say so now and then."""
@@ -235,15 +236,14 @@ class UdpRelay:
         server_side = self._server_sides.get((decision.backend, client)) if backend.full_cone else None
         if server_side is None:
             try:
-                sock = backend.open_datagram(client, None if backend.full_cone else orig_dst)
+                server_side = self._server_side(client, decision, None if backend.full_cone else orig_dst)
             except OSError as error:
-                self._refuse(client, orig_dst, error)
+                self.counters.udp_not_carried += error.errno == errno.EACCES
+                self.refuse(client, orig_dst, error)
                 return None
-            connected = None if backend.full_cone else orig_dst
-            server_side = ServerSide(self, sock, client, decision, connected)
         flow = self._start(server_side, orig_dst, decision)
         if not server_side.flows:
-            self.poller.close_socket(server_side.sock)
+            server_side.close()
         return flow
 
     def _decide(self, client: Client, orig_dst: OrigDst, ancillary: list[tuple[int, int, bytes]]) -> Decision | None:
@@ -258,6 +258,15 @@ class UdpRelay:
             return None
         return context.policy.decide(Flow(Network.UDP, client, orig_dst, context.listener, interface))
 
+    def _server_side(self, client: Client, decision: Decision, connect_to: OrigDst | None) -> ServerSide:
+        open_datagram = self._context.backends[decision.backend].open_datagram
+        way = open_datagram(client, connect_to)
+        if isinstance(way, sockets.Socket):
+            return SocketSide(self, way, client, decision, connect_to)
+        from tproxyd.relay.association import Association
+
+        return Association(self, client, decision, way, lambda: cast("Opening", open_datagram(client, connect_to)))
+
     def _start(
         self, server_side: ServerSide, orig_dst: OrigDst, decision: Decision, *, invited: bool = True
     ) -> UdpFlow | None:
@@ -267,7 +276,7 @@ class UdpRelay:
         try:
             flow.open()
             if not server_side.flows:
-                self.poller.register(server_side.sock.fileno(), server_side, LEVEL)
+                server_side.open()
         except OSError as error:
             flow.close()
             self.drop(f"no socket for {client}: {error}")
@@ -284,7 +293,8 @@ class UdpRelay:
         self.counters.flows += 1
         return flow
 
-    def _refuse(self, client: Client, orig_dst: OrigDst, error: OSError) -> None:
+    def refuse(self, client: Client, orig_dst: OrigDst, error: OSError) -> None:
+        """Tell a client that its datagram went nowhere, by ICMP where `error` has one."""
         answer = icmp.from_errno(error.errno or 0, client.version)
         if answer:
             self.icmp.send(answer, Network.UDP, client, orig_dst, payload_bytes=0, now=self.poller.now)
@@ -294,7 +304,7 @@ class UdpRelay:
         if self._context.on_end is None:
             return
         try:
-            source = sockets.source_towards(flow.server_side.sock, flow.orig_dst)
+            source = flow.server_side.source(flow.orig_dst)
         except OSError:
             source = None  # no way there any more
         self._context.on_end(
@@ -318,28 +328,29 @@ class UdpRelay:
             self.end(flow, Cause.IDLE)
 
 
-class ServerSide:
-    """The socket that speaks for a client endpoint towards servers.
+class SocketSide(ServerSide):
+    """A socket of its own: servers are spoken to as the backend says, answers come as they are."""
 
-    Attributes:
-        connected_to: the one server it talks to (symmetric), or None for anyone (full-cone).
-        flows: how many flows use it.
-        strangers: how many of them someone else than the client began.
-    """
-
-    __slots__ = ("client", "connected_to", "decision", "flows", "relay", "sock", "strangers")
+    __slots__ = ("sock",)
 
     def __init__(
         self, relay: UdpRelay, sock: sockets.Socket, client: Client, decision: Decision, connected_to: OrigDst | None
     ) -> None:
         """Take over an open socket."""
-        self.relay = relay
+        super().__init__(relay, client, decision, connected_to)
         self.sock = sock
-        self.client = client
-        self.decision = decision
-        self.connected_to = connected_to
-        self.flows = 0
-        self.strangers = 0
+
+    def open(self) -> None:
+        """Begin to listen for answers; see `ServerSide`."""
+        self.relay.poller.register(self.sock.fileno(), self, LEVEL)
+
+    def close(self) -> None:
+        """Close the socket."""
+        self.relay.poller.close_socket(self.sock)
+
+    def source(self, orig_dst: OrigDst) -> Endpoint | None:
+        """See `ServerSide`."""
+        return sockets.source_towards(self.sock, orig_dst)
 
     def send(self, payload: memoryview, orig_dst: OrigDst) -> None:
         """Send one datagram.
@@ -350,7 +361,7 @@ class ServerSide:
         try:
             self._send(payload, orig_dst)
         except OSError as error:
-            if error.errno in _RESPONSES_TO_FULL or not self._pass_errors_on():
+            if error.errno in FULL or not self._pass_errors_on():
                 raise
             self._send(payload, orig_dst)
 
@@ -506,7 +517,7 @@ class UdpFlow:
             return
         self.in_kernel = False
         self._next_offer = self._datagrams + FIRST_OFFER
-        for sock in (self._sock, self.server_side.sock):
+        for sock in (self._sock, _sock_of(self.server_side)):
             if sock is not None:
                 sockets.let_hear(sock)
 
@@ -579,7 +590,7 @@ class UdpFlow:
         try:
             sock.send(payload)
         except OSError as error:
-            if error.errno in _RESPONSES_TO_FULL or not self._pass_errors_on(sock):
+            if error.errno in FULL or not self._pass_errors_on(sock):
                 raise
             sock.send(payload)
 
@@ -598,17 +609,10 @@ class UdpFlow:
 
 def _deafen_server_sides(flows: list[UdpFlow]) -> None:
     for flow in flows:
-        if flow.in_kernel and flow.server_side.connected_to is not None and flow.server_side.sock.fileno() >= 0:
-            sockets.deafen(flow.server_side.sock)
+        sock = _sock_of(flow.server_side)
+        if flow.in_kernel and flow.server_side.connected_to is not None and sock is not None and sock.fileno() >= 0:
+            sockets.deafen(sock)
 
 
-def read_errors(sock: sockets.Socket, version: int) -> list[tuple[icmp.IcmpError | None, tuple[str, int], int]]:
-    """Read a socket's error queue (MSG_ERRQUEUE, recv(2)): the error, whom it is about, bytes of the datagram."""
-    found: list[tuple[icmp.IcmpError | None, tuple[str, int], int]] = []
-    for _ in range(_MAX_ERRORS_READ):
-        try:
-            data, ancillary, _, peer = sock.recvmsg(_DATAGRAM_BYTES, _ERROR_SPACE, socket.MSG_ERRQUEUE)
-        except OSError:
-            break
-        found.append((icmp.from_error_queue(ancillary, version), (peer[0], peer[1]) if peer else ("", 0), len(data)))
-    return found
+def _sock_of(server_side: ServerSide) -> sockets.Socket | None:
+    return server_side.sock if isinstance(server_side, SocketSide) else None

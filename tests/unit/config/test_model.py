@@ -11,11 +11,14 @@ from tproxyd.config import (
     Config,
     DirectBackend,
     Exclude,
+    HttpConnectBackend,
     Interception,
     Limits,
     Logging,
     Mark,
     PortRange,
+    Server,
+    Socks5Backend,
     Timeouts,
     TproxyListener,
     parse_config,
@@ -360,7 +363,7 @@ def test_the_direct_backend_can_be_changed():
         ("{a: {}}", "2:15: backends.a.type: missing; write type: direct"),
         (
             "{a: {type: upstream, servers: [x]}}",
-            '2:22: backends.a.type: type "upstream" is not in this version; write direct',
+            '2:22: backends.a.type: type "upstream" is not in this version; write direct, socks5 or http_connect',
         ),
         (
             "{a: {type: direct, source: client}}",
@@ -386,8 +389,77 @@ def test_default_must_name_a_backend():
     assert problems_of(text) == ['3:10: default: there is no backend "wep"; write direct or web']
 
 
+PROXY_KEYS = "type, server, via, resolve, username, password_file"
+CORP = "type: socks5, server: '192.0.2.1:1080'"
+
+
+def test_proxies_are_read_with_their_keys():
+    config = config_of(
+        INTERCEPTION + "backends:\n"
+        "  corp: {type: socks5, server: '[2001:DB8::1]:1080', username: u, password_file: /s,\n"
+        "         via: web, resolve: local}\n"
+        "  web: {type: http_connect, server: 'proxy.example:3128'}\n"
+    )
+    assert config.backends["corp"] == Socks5Backend(
+        server=Server("2001:db8::1", 1080), username="u", password_file="/s", via="web", resolve="local"
+    )
+    assert config.backends["web"] == HttpConnectBackend(server=Server("proxy.example", 3128))
+    assert parse_config(config.model_dump_json().encode(), "again") == config
+
+
+@pytest.mark.parametrize(
+    ("backends", "problem"),
+    [
+        ("{a: {type: socks5}}", "2:15: backends.a.server: missing; write server: 192.0.2.1:1080"),
+        (
+            f"{{a: {{{CORP}, username: u}}}}",
+            "2:66: backends.a.username: username and password_file belong together; add password_file",
+        ),
+        (
+            f"{{a: {{{CORP}, password_file: /s}}}}",
+            "2:71: backends.a.password_file: username and password_file belong together; add username",
+        ),
+        (f"{{a: {{{CORP}, tls: true}}}}", f"2:56: backends.a.tls: unknown key; known here: {PROXY_KEYS}"),
+        (
+            "{a: {type: http_connect, server: 'x:1', tls: true}}",
+            "2:51: backends.a.tls: not in this version; remove it",
+        ),
+        (f"{{a: {{{CORP}, source: gateway}}}}", f"2:56: backends.a.source: unknown key; known here: {PROXY_KEYS}"),
+        (f"{{a: {{{CORP}, via: a}}}}", "2:61: backends.a.via: a loop: a via a; remove one via"),
+        (
+            f"{{a: {{{CORP}, via: direct}}}}",
+            '2:61: backends.a.via: "direct" is no backend of type socks5 or http_connect; remove it',
+        ),
+        (
+            f"{{a: {{{CORP}, via: c}}, b: {{{CORP}}}}}",
+            '2:61: backends.a.via: "c" is no backend of type socks5 or http_connect; write b',
+        ),
+        (
+            "{a: {type: http_connect, server: 'x:1', username: 'a:b', password_file: /s}}",
+            '2:61: backends.a.username: "a:b" contains a colon, which HTTP Basic has no way to say; remove it',
+        ),
+        (
+            f"{{a: {{{CORP}, username: u, password_file: s}}}}",
+            '2:84: backends.a.password_file: "s" is no absolute path; write such as /etc/tproxyd/proxy.secret',
+        ),
+    ],
+)
+def test_proxies_refuse_what_is_none(backends, problem):
+    assert problems_of(f"{INTERCEPTION}backends: {backends}") == [problem]
+
+
+def test_a_loop_of_vias_is_reported_at_each_of_them_and_what_leads_into_it_is_not():
+    text = f"{INTERCEPTION}backends:\n" + "".join(
+        f"  {name}: {{{CORP}, via: {via}}}\n" for name, via in (("a", "b"), ("b", "c"), ("c", "b"))
+    )
+    assert [line[1:] for line in problems_of(text)] == [
+        ":52: backends.b.via: a loop: b via c via b; remove one via",
+        ":52: backends.c.via: a loop: c via b via c; remove one via",
+    ]
+
+
 def test_default_is_not_blamed_for_backends_that_are_wrong():
-    text = INTERCEPTION + "backends: {web: {type: socks5}}\ndefault: web"
+    text = INTERCEPTION + "backends: {web: {type: tunnel}}\ndefault: web"
     assert [line[:5] for line in problems_of(text)] == ["2:24:"]
 
 

@@ -26,7 +26,7 @@ interception:
 listeners:
   - {name: LAN, type: tproxy, port: 70000}
 backends:
-  corp: {type: socks5, server: 192.0.2.10:1080}
+  corp: {type: tunnel, node: office}
 control: {}
 timeouts: {connect: 5, udp_idle: &x 1h}
 limits: {max_flows: 5, max_flows_per_client: 6}
@@ -55,7 +55,7 @@ workers: none
             "beginning with a letter or digit"
         ),
         "x:11:37: listeners[0].port: 70000 is too large; the most is 65535",
-        'x:13:16: backends.corp.type: type "socks5" is not in this version; write direct',
+        'x:13:16: backends.corp.type: type "tunnel" is not in this version; write direct, socks5 or http_connect',
         "x:14:1: control: not in this version; remove it",
         "x:15:21: timeouts.connect: 5 has no unit; write such as 5s",
         "x:15:34: anchors (&name) are not used here; remove it",

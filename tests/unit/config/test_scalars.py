@@ -10,6 +10,7 @@ from tproxyd.config.scalars import (
     check_account,
     check_interface,
     check_name,
+    check_username,
     checked_duration,
     format_duration,
     merge_ports,
@@ -17,6 +18,7 @@ from tproxyd.config.scalars import (
     parse_mark,
     parse_ports,
     parse_prefix,
+    parse_server,
 )
 
 
@@ -252,3 +254,54 @@ def test_names_of_accounts(name):
 def test_what_can_not_name_an_account(name):
     with pytest.raises(ValueError, match="is no user name"):
         check_account(name)
+
+
+@pytest.mark.parametrize(
+    ("text", "host", "port"),
+    [
+        ("192.0.2.1:1080", "192.0.2.1", 1080),
+        ("[2001:DB8:0::1]:1", "2001:db8::1", 1),
+        ("proxy.example:65535", "proxy.example", 65535),
+        ("xn--prxy-5qa_1:80", "xn--prxy-5qa_1", 80),
+        ("localhost:080", "localhost", 80),
+    ],
+)
+def test_servers_are_read_and_written_back(text, host, port):
+    server = parse_server(text)
+    assert (server.host, server.port) == (host, port)
+    assert parse_server(str(server)) == server
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("192.0.2.1", "is not HOST:PORT"),
+        ("2001:db8::1:1080", "is not HOST:PORT"),
+        ("http://proxy:80", "is not HOST:PORT"),
+        ("", "is not HOST:PORT"),
+        ("proxy:0", "0 is no port"),
+        ("proxy:65536", "65536 is no port"),
+        ("127.1:80", "neither an address nor a host name"),
+        ("0x7f000001:80", "neither an address nor a host name"),
+        ("pröxy:80", "neither an address nor a host name"),
+        ("-x:80", "neither an address nor a host name"),
+        ("a..b:80", "neither an address nor a host name"),
+        ("[proxy]:80", "is not HOST:PORT"),
+        ("[192.0.2.1]:80", ""),
+        ("0.0.0.0:80", "no address that a server has"),
+        ("[ff02::1]:80", "no address that a server has"),
+        ("[::ffff:192.0.2.1]:80", "write a plain one"),
+    ],
+)
+def test_what_is_no_server_is_refused(text, reason):
+    if not reason:
+        assert str(parse_server(text)) == "192.0.2.1:80"
+        return
+    with pytest.raises(ValueError, match=reason):
+        parse_server(text)
+
+
+@pytest.mark.parametrize("name", ["", "x" * 256, "ü" * 128, "a\nb", "a\x7f"])
+def test_user_names_that_no_proxy_can_be_told_are_refused(name):
+    with pytest.raises(ValueError, match="; "):
+        check_username(name)

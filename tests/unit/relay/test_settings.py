@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from tproxyd.config import parse_config
 from tproxyd.daemon.preparation import share, summary
 from tproxyd.netfilter.plan import plan
 from tproxyd.policy import Policy
-from tproxyd.relay.settings import RelaySettings
+from tproxyd.relay.settings import DirectSettings, ProxySettings, RelaySettings
 
 CONFIG = parse_config(
     b"""
@@ -33,8 +35,24 @@ def test_a_supervisor_learns_what_it_must_serve() -> None:
     assert PREPARED.workers == 4
     assert PREPARED.lease == "nftables"
     assert PREPARED.rules == Policy(PREPARED.policy).names == ("web", "none", "default")
-    assert PREPARED.settings.backends["other"].source == "gateway"
-    assert PREPARED.settings.backends["direct"].source == "four-tuple"
+    assert PREPARED.settings.backends == {
+        "direct": DirectSettings(source="four-tuple", nat="full-cone"),
+        "other": DirectSettings(source="gateway", nat="symmetric"),
+    }
+
+
+def test_a_password_is_read_from_its_file_travels_and_shows_nowhere(tmp_path: Path) -> None:
+    secret = tmp_path / "secret"
+    secret.write_bytes("pä ss\xff\n".encode("latin-1"))
+    secret.chmod(0o640)
+    proxy = f"{{type: http_connect, server: 'x:1', username: u, password_file: {secret}}}"
+    config = parse_config(f"interception: {{interfaces: [a]}}\nbackends: {{corp: {proxy}}}".encode(), "x")
+    settings = summary(config, plan(config)).settings
+    corp = settings.backends["corp"]
+    assert isinstance(corp, ProxySettings)
+    assert corp.password.encode("utf-8", "surrogateescape") == b"p\xe4 ss\xff"
+    assert RelaySettings.from_json(settings.to_json()) == settings
+    assert "ss" not in repr(corp).replace("password", "").replace("class", "").replace("ProxySettings", "")
 
 
 @pytest.mark.parametrize(("workers", "flows", "per_client"), [(1, 10, 7), (4, 3, 2), (100, 1, 1)])
