@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Final
 
 from tests.lab import Daemon, Gateway, eventually
 
-_PORT: Final = 7450
+PORT: Final = 7450
 _STOP_S: Final = 10.0
 
 # Both listen to what the kernel diverts; the packets of their sockets are recognised, and delivered by the mark.
@@ -26,8 +26,8 @@ table inet peer {{
         type filter hook prerouting priority mangle
         iifname lan0 meta l4proto tcp socket transparent 1 socket wildcard 0 meta mark set 1 accept
         iifname lan0 fib daddr type != unicast accept
-        iifname lan0 meta l4proto {{ tcp, udp }} meta nfproto ipv4 tproxy ip to 127.0.0.1:{_PORT} meta mark set 1 accept
-        iifname lan0 meta l4proto {{ tcp, udp }} meta nfproto ipv6 tproxy ip6 to [::1]:{_PORT} meta mark set 1 accept
+        iifname lan0 meta l4proto {{ tcp, udp }} meta nfproto ipv4 tproxy ip to 127.0.0.1:{PORT} meta mark set 1 accept
+        iifname lan0 meta l4proto {{ tcp, udp }} meta nfproto ipv6 tproxy ip6 to [::1]:{PORT} meta mark set 1 accept
     }}
 }}
 """
@@ -153,11 +153,19 @@ class TproxydBypass(Tproxyd):
 
 
 class Peer(Subject):
-    """A proxy that has its rules made for it."""
+    """A proxy that has its rules made for it; it listens to `PORT`.
+
+    Attributes:
+        keeps_address: it speaks to servers with the client's address.
+    """
+
+    keeps_address: ClassVar[bool] = False
 
     def prepare(self) -> None:
         """Make the rules and the policy routing."""
         self.lab.gateway.nft(_DIVERT)
+        if self.keeps_address:
+            self.lab.gateway.nft(_DIVERT_SERVER_SIDE)
         for version in ("-4", "-6"):
             subprocess.run(
                 ["ip", version, "-n", self.lab.gateway.name, "-batch", "-"],
@@ -174,7 +182,7 @@ class Peer(Subject):
     def _listens(self) -> bool:
         if self._process.poll() is not None:
             raise RuntimeError(f"{self.title} ended: {(self.folder / 'log').read_text(errors='replace')[-2000:]}")
-        return f":{_PORT} " in self.lab.gateway.run(["ss", "-tlnH"]).stdout
+        return f":{PORT} " in self.lab.gateway.run(["ss", "-tlnH"]).stdout
 
     def stop(self) -> None:
         """End it at once: what it holds is not needed any more."""
@@ -188,18 +196,18 @@ class HAProxy(Peer):
     name = "haproxy"
     title = "HAProxy"
     networks = frozenset({"tcp"})
+    keeps_address = True
 
     def prepare(self) -> None:
         """Write the configuration; a server without an address is the original destination."""
         super().prepare()
-        self.lab.gateway.nft(_DIVERT_SERVER_SIDE)
         self._socket = self.folder / "stats"
         (self.folder / "haproxy.cfg").write_text(
             f"global\n  stats socket {self._socket}\n"
             "defaults\n  mode tcp\n  option splice-auto\n"
             "  timeout connect 5s\n  timeout client 2h\n  timeout server 2h\n"
             "frontend all\n"
-            f"  bind 0.0.0.0:{_PORT} transparent\n  bind [::]:{_PORT} v6only transparent\n  default_backend any\n"
+            f"  bind 0.0.0.0:{PORT} transparent\n  bind [::]:{PORT} v6only transparent\n  default_backend any\n"
             "backend any\n  source 0.0.0.0 usesrc clientip\n  server any 0.0.0.0\n"
         )
 
@@ -239,7 +247,7 @@ _V2RAY: Final[Mapping[str, Any]] = {
     "inbounds": [
         {
             "listen": "0.0.0.0",
-            "port": _PORT,
+            "port": PORT,
             "protocol": "dokodemo-door",
             "settings": {"network": network, "followRedirect": True, "userLevel": level},
             "streamSettings": {"sockopt": {"tproxy": "tproxy"}},
