@@ -19,6 +19,7 @@ import pytest
 
 from tests.kernel.conftest import DaemonFactory
 from tests.lab import Daemon, Gateway, UdpService, cli, eventually, write_config
+from tproxyd.flow import Endpoint
 
 FAMILY = {4: socket.AF_INET, 6: socket.AF_INET6}
 LARGEST = {4: 65507, 6: 65487}
@@ -70,14 +71,22 @@ def exchange(client: socket.socket, server: socket.socket, data: bytes = b"ping"
 
 
 def learn(lab: Gateway, version: int, client: socket.socket, server: socket.socket) -> None:
-    """Talk until the kernel carries the flow."""
+    """Talk until the kernel carries the flow, and the worker hears nothing of it any more."""
 
     def learned() -> bool:
         exchange(client, server)
         return is_learned(lab, version, client.getsockname()[1])
 
+    def let_go() -> bool:
+        ends = {Endpoint(*sock.getsockname()[:2]) for sock in (client, server)}
+        listed = lab.gateway.run(["ss", "-Huan", "state", "established"]).stdout
+        ours = [
+            line for line in listed.splitlines() if set(line.replace("%lo", "").split()[2:4]) == set(map(str, ends))
+        ]
+        return bool(ours) and all("%lo:" in line for line in ours)
+
     eventually(learned, "the flow is learned", every_s=0.05)
-    time.sleep(0.4)  # the worker has let go of it, too
+    eventually(let_go, "the worker lets go of it")
 
 
 @contextmanager

@@ -108,25 +108,25 @@ def _listing() -> str:
 
 def _stable(listing: str) -> str:
     for name in (_DIGESTS, nft.LEASE_SET, *nft.INBOUND_SETS.values(), *nft_learned.names((4, 6))):
-        if lines := _lines_of_set(listing, name):
-            listing = listing.replace("".join([*lines, "\n"]), "")
+        if text := _text_of_set(listing, name):
+            listing = listing.replace(f"{text}\n", "")
     return listing
 
 
 def _without_learned(listing: str) -> str:
     for name in nft_learned.names((4, 6)):
-        lines = _lines_of_set(listing, name)
-        kept = next((at for at, line in enumerate(lines) if line.startswith("\t\telements = ")), -1)
-        if kept >= 0:
-            listing = listing.replace("".join(lines), "".join([*lines[:kept], lines[-1]]))
+        text = _text_of_set(listing, name)
+        head, elements, _ = text.partition("\t\telements = ")  # they come last
+        if elements:
+            listing = listing.replace(text, f"{head}\t}}\n")
     return listing
 
 
-def _lines_of_set(listing: str, name: str) -> list[str]:
-    """The lines that define a set, from its name to its closing brace; elements come last. None: no such set."""
-    lines = listing.splitlines(keepends=True)
-    start = next((at for at, line in enumerate(lines) if line.startswith(f"\tset {name} ")), None)
-    return [] if start is None else lines[start : lines.index("\t}\n", start) + 1]
+def _text_of_set(listing: str, name: str) -> str:
+    """A set's definition in a listing; empty: there is none."""
+    start = listing.find(f"\tset {name} {{\n")
+    end = "\n\t}\n"
+    return listing[start : listing.index(end, start) + len(end)] if start >= 0 else ""
 
 
 def _summary(listing: str) -> list[str]:
