@@ -145,12 +145,11 @@ class Bed:
         """
         seen = self.witnessed() - before
         if self.subject.routes:
-            if not seen.routed:
-                raise NoFigure("nothing was routed")
-            return
-        if seen.routed:
+            if seen.routed <= udp:  # there and back, each datagram is routed twice
+                raise NoFigure(f"only {seen.routed} packets were routed")
+        elif seen.routed:
             raise NoFigure(f"{seen.routed} packets were routed past {self.subject.title}")
-        if seen.tcp < tcp or seen.udp < udp:
+        elif seen.tcp < tcp or seen.udp < udp:
             raise NoFigure(
                 f"{self.subject.title} made {seen.tcp} connections and sent {seen.udp} datagrams to the server; "
                 f"the client had {tcp} and {udp}"

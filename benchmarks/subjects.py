@@ -45,7 +45,7 @@ class Subject(ABC):
         name: in `--only`, JSON and ratios.
         title: in tables and charts.
         networks: what it can carry.
-        routes: it lets the kernel forward, so no flow must be seen to end on the gateway.
+        routes: it lets the kernel forward; so flows need not be seen to end on the gateway.
     """
 
     name: ClassVar[str]
@@ -134,6 +134,31 @@ class Tproxyd(Subject):
         if self._daemon is None:
             raise RuntimeError("tproxyd was never started")
         return self._daemon.process.pid
+
+
+class TproxydLearned(Tproxyd):
+    """The same on a gateway that may forward: the kernel carries long UDP flows after their first datagrams."""
+
+    name = "tproxyd-learned"
+    title = "tproxyd, learned"
+    networks = frozenset({"udp"})
+    routes = True
+
+    def start(self) -> None:
+        """Let the kernel forward what tproxyd lets by, and start."""
+        self.lab.forwarding(True)
+        super().start()
+
+    def stop(self) -> None:
+        """End it, and forwarding."""
+        super().stop()
+        self.lab.forwarding(False)
+
+    def flows(self) -> int | None:
+        """Read how many flows it has left to the kernel."""
+        if self._daemon is None or not self._daemon.running:
+            return 0
+        return self._daemon.recent_counters()["udp_learned"]
 
 
 class TproxydBypass(Tproxyd):
@@ -273,4 +298,4 @@ def haproxy_sessions(answer: str) -> int:
     raise ValueError("no frontend in HAProxy's statistics")
 
 
-SUBJECTS: Final[tuple[type[Subject], ...]] = (Routing, Tproxyd, HAProxy, V2Ray)
+SUBJECTS: Final[tuple[type[Subject], ...]] = (Routing, TproxydLearned, Tproxyd, HAProxy, V2Ray)

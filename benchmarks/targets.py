@@ -50,14 +50,19 @@ def _bulk(results: Results) -> Iterator[Verdict]:
 
 
 def _udp(results: Results) -> Iterator[Verdict]:
+    for subject, how in (("tproxyd-learned", "learned"), ("tproxyd", "relayed")):
+        for size in (64, 1200):
+            yield _at_least(
+                f"UDP, {size} bytes, {how}: datagrams per second",
+                2.0,
+                results.ratio(f"udp-{size}", "pps", subject, "v2ray"),
+                "× V2Ray",
+            )
+        ratio = results.ratio("udp-ping-pong", "p50_us", subject, "v2ray")
+        yield _at_most(f"UDP ping-pong, {how}: p50", 1.0, ratio, "× V2Ray")
     for size in (64, 1200):
-        yield _at_least(
-            f"UDP, {size} bytes: datagrams per second",
-            2.0,
-            results.ratio(f"udp-{size}", "pps", "tproxyd", "v2ray"),
-            "× V2Ray",
-        )
-    yield _at_most("UDP ping-pong: p50", 1.0, results.ratio("udp-ping-pong", "p50_us", "tproxyd", "v2ray"), "× V2Ray")
+        ratio = results.ratio(f"udp-{size}", "pps", "tproxyd-learned", "routing")
+        yield _at_least(f"UDP, {size} bytes, learned: datagrams per second", 0.95, ratio, "× kernel routing")
 
 
 def _costs(results: Results) -> Iterator[Verdict]:
