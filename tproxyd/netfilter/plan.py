@@ -6,7 +6,7 @@ never intercepted, which packets count) stands here.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import reduce
 from ipaddress import IPv4Network, IPv6Network, ip_network
@@ -206,16 +206,26 @@ def surroundings(ruleset: Ruleset, config: Config) -> Surroundings:
         },
         excluded=excluded,
         kernel_refuses_udp4=config.interception.ruleset == "nftables",
+        learned=frozenset(_forwardable(config)) if ruleset.learned else frozenset(),
+        without_udp=frozenset(
+            name
+            for name, backend in config.backends.items()
+            if backend.type == "http_connect" or (backend.type == "socks5" and backend.via is not None)
+        ),
     )
+
+
+def _forwardable(config: Config) -> Iterator[str]:
+    """Yield the backends whose flows look the same to the server when the kernel forwards them."""
+    for name, backend in config.backends.items():
+        if backend.type == "direct" and backend.source == "four-tuple":
+            yield name
 
 
 def _learned(config: Config) -> Learned | None:
     """Only a flow that looks the same to the server when it is forwarded can be learned."""
     wanted = config.interception
-    forwardable = any(
-        backend.type == "direct" and backend.source == "four-tuple" for backend in config.backends.values()
-    )
-    if not (wanted.learned_flows and wanted.udp_ports and forwardable):
+    if not (wanted.learned_flows and wanted.udp_ports and any(_forwardable(config))):
         return None
     idle_s = max(1, min(int(config.timeouts.udp_idle), LEARNED_IDLE_S))
     return Learned(min(config.limits.max_flows, LEARNED_MOST), idle_s)

@@ -30,6 +30,8 @@ class Surroundings:
         ports: destination ports by transport and IP version; what is not there is not intercepted.
         excluded: prefixes that stay routed, by the end that they are about.
         kernel_refuses_udp4: the kernel itself answers refused UDP over IPv4 of clients.
+        learned: backends whose UDP flows the kernel carries on by itself.
+        without_udp: backends that can carry no UDP.
     """
 
     interfaces: tuple[str, ...]
@@ -37,6 +39,8 @@ class Surroundings:
     ports: Mapping[tuple[Network, int], tuple[Ports, ...]]
     excluded: Mapping[Field, tuple[Prefix, ...]]
     kernel_refuses_udp4: bool
+    learned: frozenset[str] = frozenset()
+    without_udp: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,7 +199,20 @@ def _outcome(decision: Decision, around: Surroundings, flow: Flow) -> tuple[Laye
             who = "the kernel" if by_kernel else "a worker"
             return Layer.KERNEL if by_kernel else Layer.COPY, f"reject: ICMP port unreachable from {who}"
         case _:
-            return Layer.COPY if udp else Layer.SPLICE, f"backend {decision.backend}"
+            return _carried(decision.backend, around, flow)
+
+
+def _carried(backend: str, around: Surroundings, flow: Flow) -> tuple[Layer, str]:
+    if flow.network is Network.TCP:
+        return Layer.SPLICE, f"backend {backend}"
+    if backend in around.without_udp:
+        return Layer.COPY, f"backend {backend}, which carries no UDP: ICMP administratively prohibited from a worker"
+    if backend in around.learned and flow.interface != OWN_INTERFACE:
+        return (
+            Layer.LEARNED,
+            f"backend {backend}; the kernel forwards it after its first datagrams, if the box forwards",
+        )
+    return Layer.COPY, f"backend {backend}"
 
 
 def _answer_line(answer: Answer, flow: Flow) -> str:

@@ -38,3 +38,9 @@ def test_the_wrong_example_gives_the_problems_shown():
     with pytest.raises(ConfigError) as caught:
         parse_config(blocks("yaml wrong")[0].encode(), "tproxyd.yaml")
     assert "\n".join(caught.value.problems) + "\n" == blocks("text")[0]
+
+
+def test_the_example_in_the_readme_is_a_configuration():
+    readme = (Path(__file__).parents[3] / "README.md").read_text()
+    (example,) = re.findall(r"```yaml\n(.*?)```", readme, re.DOTALL)
+    assert parse_config(example.encode(), "README.md").interception.interfaces == ("lan0",)

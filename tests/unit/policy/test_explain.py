@@ -63,7 +63,11 @@ def test_each_rule_says_why_it_does_not_take_the_flow(explained) -> None:
             "reject: ICMP port unreachable from a worker",
             "copy",
         ),
-        ("10.0.0.5 203.0.113.7:53 --network udp", "backend direct", "copy"),
+        (
+            "10.0.0.5 203.0.113.7:53 --network udp",
+            "backend direct; the kernel forwards it after its first datagrams, if the box forwards",
+            "learned",
+        ),
         ("10.0.0.5 203.0.113.7:80 --interface guests", "reject: a TCP reset from the kernel", "kernel"),
         ("10.0.0.5:7 203.0.113.7:25", "drop: no answer", "kernel"),
     ],
@@ -138,3 +142,18 @@ def test_what_is_not_said_is_asked_for(
 )
 def test_ends_are_written_as_in_a_url(text: str, end: Endpoint) -> None:
     assert parse_end(text) == end
+
+
+def test_udp_that_the_kernel_can_not_learn_is_copied_and_some_ways_carry_none(explained) -> None:
+    backends = (
+        "backends:\n  corp: {type: socks5, server: 'x:1'}\n  web: {type: http_connect, server: 'x:1', via: corp}\n"
+        "  own: {type: direct, source: gateway}\n"
+    )
+    flow = "10.0.0.5 203.0.113.7:99 --network udp"
+    for backend, outcome in (
+        ("corp", "backend corp"),
+        ("own", "backend own"),
+        ("web", "backend web, which carries no UDP: ICMP administratively prohibited from a worker"),
+    ):
+        text = f"interception: {{interfaces: [lan0]}}\n{backends}default: {backend}\n"
+        assert explained(flow, text)[-2:] == [f"outcome: {outcome}", "layer: copy"]
