@@ -1,4 +1,4 @@
-"""What speaks UDP for a client endpoint towards servers; `udp` has the plain socket, `association` the proxied one."""
+"""What speaks UDP for a client endpoint to servers; `socket_side` is the plain one, `association` the proxied one."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from tproxyd.relay.udp import UdpRelay
 
 DATAGRAM_BYTES: Final = 65536
+DATAGRAMS_A_TURN: Final = 64
 FULL: Final = frozenset({errno.EAGAIN, errno.ENOBUFS, errno.ENOMEM})
 """What a socket answers that takes nothing now; it says nothing about the other end."""
 

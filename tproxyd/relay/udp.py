@@ -1,15 +1,13 @@
-"""UDP flows: first datagram, sockets on both sides, answers, ICMP errors, expiry.
+"""What all UDP flows of a worker share: listeners, first datagrams, whose answer is whose, limits, expiry.
 
-The client side of a flow is a socket bound to the original destination and connected to the client: an
-unconnected one would steal other clients' datagrams. The server side is one unconnected socket for each client
-endpoint, which anyone may answer (full-cone), or one connected socket a flow (symmetric).
+A flow has a client side of its own (`udp_flow`). Its server side (`server_side`) is shared by all flows of a client
+endpoint, and anyone may answer (full cone), or is its own as well (symmetric).
 """
 
 from __future__ import annotations
 
 import errno
 import logging
-import select
 from time import monotonic
 from typing import TYPE_CHECKING, Final, cast
 
@@ -19,7 +17,6 @@ from tproxyd.flow import (
     Cause,
     Client,
     Decision,
-    Endpoint,
     Flow,
     FlowEnd,
     FlowKey,
@@ -31,23 +28,21 @@ from tproxyd.flow import (
 from tproxyd.policy import refusal
 from tproxyd.relay import icmp, sockets
 from tproxyd.relay.context import Context
-from tproxyd.relay.learning import FIRST_OFFER, NEXT_OFFER
 from tproxyd.relay.poller import LEVEL
 from tproxyd.relay.raw_udp import RawUdpSender
-from tproxyd.relay.server_side import DATAGRAM_BYTES, FULL, ServerSide, read_errors
+from tproxyd.relay.server_side import DATAGRAM_BYTES, DATAGRAMS_A_TURN, ServerSide
+from tproxyd.relay.socket_side import SocketSide, sock_of
+from tproxyd.relay.udp_flow import UdpFlow
 
 if TYPE_CHECKING:
     from tproxyd.relay.opening import Opening
 
 _log = logging.getLogger(__name__)
 
-_DATAGRAMS: Final = 64
 _TICK_S: Final = 1.0
 _LOG_EVERY_S: Final = 10.0
 _STRANGERS: Final = 64
 """Flows that others may begin with one client endpoint (full cone), which would otherwise be theirs to exhaust."""
-_YOUNG_S: Final = 1.0
-"""Far longer than a datagram is between the lookup of its socket and that socket's queue."""
 _STRAGGLING_S: Final = 0.25
 
 
@@ -98,7 +93,7 @@ class UdpRelay:
         listener = self._listeners.get(fd)
         if listener is None:
             return
-        for _ in range(_DATAGRAMS):
+        for _ in range(DATAGRAMS_A_TURN):
             try:
                 size, ancillary, _, peer = listener.recvmsg_into([self.buffer], sockets.ORIG_DST_SPACE)
             except BlockingIOError:
@@ -328,291 +323,8 @@ class UdpRelay:
             self.end(flow, Cause.IDLE)
 
 
-class SocketSide(ServerSide):
-    """A socket of its own: servers are spoken to as the backend says, answers come as they are."""
-
-    __slots__ = ("sock",)
-
-    def __init__(
-        self, relay: UdpRelay, sock: sockets.Socket, client: Client, decision: Decision, connected_to: OrigDst | None
-    ) -> None:
-        """Take over an open socket."""
-        super().__init__(relay, client, decision, connected_to)
-        self.sock = sock
-
-    def open(self) -> None:
-        """Begin to listen for answers; see `ServerSide`."""
-        self.relay.poller.register(self.sock.fileno(), self, LEVEL)
-
-    def close(self) -> None:
-        """Close the socket."""
-        self.relay.poller.close_socket(self.sock)
-
-    def source(self, orig_dst: OrigDst) -> Endpoint | None:
-        """See `ServerSide`."""
-        return sockets.source_towards(self.sock, orig_dst)
-
-    def send(self, payload: memoryview, orig_dst: OrigDst) -> None:
-        """Send one datagram.
-
-        Raises:
-            OSError: it was not sent; an error that an earlier datagram had left behind is not raised again.
-        """
-        try:
-            self._send(payload, orig_dst)
-        except OSError as error:
-            if error.errno in FULL or not self._pass_errors_on():
-                raise
-            self._send(payload, orig_dst)
-
-    def on_event(self, fd: int, events: int) -> None:  # noqa: ARG002  # one socket only
-        """Take answers in."""
-        if events & select.EPOLLERR:
-            self._pass_errors_on()
-        relay, sock, buffer = self.relay, self.sock, self.relay.buffer
-        for _ in range(_DATAGRAMS):
-            try:
-                if self.connected_to is not None:
-                    size, source = sock.recv_into(buffer), self.connected_to
-                else:
-                    size, peer = sock.recvfrom_into(buffer)
-                    source = OrigDst(peer[0], peer[1])
-                    if not source.port:
-                        self.relay.drop(f"port 0 can't be answered: {source} to {self.client}")
-                        continue
-            except BlockingIOError:
-                return
-            except OSError:
-                self._pass_errors_on()
-                continue
-            relay.answer(self, source, buffer[:size])
-            if not self.flows:
-                return
-
-    def abort(self, error: Exception) -> None:
-        """Nothing to end: a datagram was lost, `error` has been logged."""
-
-    def _send(self, payload: memoryview, orig_dst: OrigDst) -> None:
-        if self.connected_to is not None:
-            self.sock.send(payload)
-        else:
-            self.sock.sendto(payload, orig_dst)
-
-    def _pass_errors_on(self) -> bool:
-        """Tell the client what the network said about its datagrams; False if there was nothing to read."""
-        relay, client = self.relay, self.client
-        found = False
-        for error, peer, size in read_errors(self.sock, client.version):
-            found = True
-            orig_dst = OrigDst(peer[0], peer[1])
-            if error is not None and relay.flow_of(client, orig_dst) is not None:
-                relay.icmp.send(error, Network.UDP, client, orig_dst, payload_bytes=size, now=relay.poller.now)
-        return found
-
-
-class UdpFlow:
-    """One client endpoint and one original destination.
-
-    Attributes:
-        invited: its client began it.
-        last: monotonic seconds of its last datagram.
-        in_kernel: the kernel carries it now, as far as we know.
-        learned: the kernel has carried it.
-    """
-
-    __slots__ = (
-        *("_datagrams", "_next_offer", "_relay", "_sock", "bytes_down", "bytes_up", "decision", "in_kernel", "invited"),
-        *("last", "learned", "orig_dst", "server_side", "started"),
-    )
-
-    def __init__(
-        self, relay: UdpRelay, server_side: ServerSide, orig_dst: OrigDst, decision: Decision, *, invited: bool
-    ) -> None:
-        """Make a flow without a client side; `open` adds it."""
-        self._relay = relay
-        self._sock: sockets.Socket | None = None
-        self.server_side = server_side
-        self.orig_dst = orig_dst
-        self.decision = decision
-        self.invited = invited
-        self.bytes_up = self.bytes_down = 0
-        self.in_kernel = self.learned = False
-        self._datagrams = 0
-        self._next_offer = FIRST_OFFER
-        self.started = self.last = relay.poller.now
-
-    @property
-    def client(self) -> Client:
-        """Whose flow this is."""
-        return self.server_side.client
-
-    def open(self) -> None:
-        """Open the socket that speaks as the original destination.
-
-        Where a service of this box holds that port, there is none: answers go out by raw socket, and the
-        client's datagrams come by the listener.
-
-        Raises:
-            OSError: it could not be opened for another reason.
-        """
-        relay = self._relay
-        sock = sockets.udp_client_side(self.client.version, relay.client_mark)
-        try:
-            sock.bind(self.orig_dst)
-            sock.connect(self.client)
-            relay.poller.register(sock.fileno(), self, LEVEL)
-        except OSError as error:
-            relay.poller.close_socket(sock)
-            if error.errno not in sockets.CLASHES:
-                raise
-            _log.debug("port %d is held on the wildcard address: answering by raw socket", self.orig_dst.port)
-            return
-        self._sock = sock
-
-    def take_early(self) -> None:
-        """Read what found the socket between bind and connect: it may be other clients' and goes to their flows."""
-        for _ in range(_DATAGRAMS):
-            if self._sock is None:
-                return
-            try:
-                self._take_anyones(self._sock)
-            except OSError:
-                return
-
-    def on_event(self, fd: int, events: int) -> None:  # noqa: ARG002  # one socket only
-        """Take the client's datagrams in."""
-        sock, buffer = self._sock, self._relay.buffer
-        if sock is None:
-            return
-        if events & select.EPOLLERR:
-            self._pass_errors_on(sock)
-        young = self._relay.poller.now - self.started < _YOUNG_S
-        for _ in range(_DATAGRAMS):
-            try:
-                if young:
-                    self._take_anyones(sock)
-                else:
-                    self.to_server(buffer[: sock.recv_into(buffer)])
-            except BlockingIOError:
-                return
-            except OSError:
-                self._pass_errors_on(sock)
-            if self._datagrams >= self._next_offer:
-                self._offer()
-
-    def idle_s(self, now: float) -> float:
-        """How long it has carried nothing; one that the kernel carries is never idle here."""
-        return 0.0 if self.in_kernel else now - self.last
-
-    def leave_to_kernel(self) -> None:
-        """Hear no more of the client; answers that are still under way here go out by raw socket."""
-        self.in_kernel = self.learned = True
-        self._relay.counters.udp_learned += 1
-        if self._sock is not None:
-            sockets.deafen(self._sock)
-
-    def take_back(self) -> None:
-        """Hear again."""
-        if not self.in_kernel:
-            return
-        self.in_kernel = False
-        self._next_offer = self._datagrams + FIRST_OFFER
-        for sock in (self._sock, _sock_of(self.server_side)):
-            if sock is not None:
-                sockets.let_hear(sock)
-
-    def abort(self, error: Exception) -> None:  # noqa: ARG002  # logged by the supervisor of flows
-        """End after an unforeseen error."""
-        self._relay.end(self, Cause.ERROR)
-
-    def _take_anyones(self, sock: sockets.Socket) -> None:
-        """Read one datagram of whoever sent it; connect(2) throws away nothing that is on its way to the queue.
-
-        Raises:
-            OSError: there was none.
-        """
-        relay = self._relay
-        size, peer = sock.recvfrom_into(relay.buffer)
-        client = Client(peer[0], peer[1])
-        if client == self.client:
-            self.to_server(relay.buffer[:size])
-        else:
-            relay.take(client, self.orig_dst, memoryview(bytes(relay.buffer[:size])), [])
-
-    def to_server(self, payload: memoryview) -> None:
-        """Send a datagram of the client on."""
-        relay = self._relay
-        self.last = relay.poller.now
-        try:
-            self.server_side.send(payload, self.orig_dst)
-            self.bytes_up += len(payload)
-            self._datagrams += 1
-        except OSError as error:
-            answer = icmp.from_errno(error.errno or 0, self.client.version)
-            if answer:
-                relay.icmp.send(
-                    answer, Network.UDP, self.client, self.orig_dst, payload_bytes=len(payload), now=relay.poller.now
-                )
-            relay.drop(f"{self.client} to {self.orig_dst}: {error}")
-
-    def to_client(self, payload: memoryview) -> None:
-        """Send a datagram of the server on, from the address that the client asked."""
-        relay, sock = self._relay, self._sock
-        self.last = relay.poller.now
-        try:
-            if sock is None or self.in_kernel:
-                relay.raw.send(self.orig_dst, self.client, payload)
-                relay.counters.udp_raw_replies += 1
-            else:
-                self._send(sock, payload)
-            self.bytes_down += len(payload)
-            self._datagrams += 1
-        except OSError as error:
-            relay.drop(f"{self.orig_dst} to {self.client}: {error}")
-
-    def close(self) -> None:
-        """Close the client side."""
-        if self._sock is not None:
-            self._relay.poller.close_socket(self._sock)
-            self._sock = None
-
-    def _offer(self) -> None:
-        """Offer it for learning, from its client's side: a socket that has been given a packet passes the next on.
-
-        The kernel drops a packet that it gives to a connected socket and then forwards. That is what happens
-        between learning and `deafen`, unless the socket knows a route for it from a packet before.
-        """
-        self._next_offer = self._datagrams + NEXT_OFFER
-        if not self.in_kernel and self._relay.may_learn(self):
-            self._relay.learning.offer(FlowKey(self.client, self.orig_dst))
-
-    def _send(self, sock: sockets.Socket, payload: memoryview) -> None:
-        try:
-            sock.send(payload)
-        except OSError as error:
-            if error.errno in FULL or not self._pass_errors_on(sock):
-                raise
-            sock.send(payload)
-
-    def _pass_errors_on(self, sock: sockets.Socket) -> bool:
-        """Tell the server what the network said about its datagrams; False if there was nothing to read."""
-        relay = self._relay
-        found = False
-        for error, _, size in read_errors(sock, self.client.version):
-            found = True
-            if error is not None:
-                relay.icmp.send(
-                    error, Network.UDP, self.orig_dst, self.client, payload_bytes=size, now=relay.poller.now
-                )
-        return found
-
-
 def _deafen_server_sides(flows: list[UdpFlow]) -> None:
     for flow in flows:
-        sock = _sock_of(flow.server_side)
+        sock = sock_of(flow.server_side)
         if flow.in_kernel and flow.server_side.connected_to is not None and sock is not None and sock.fileno() >= 0:
             sockets.deafen(sock)
-
-
-def _sock_of(server_side: ServerSide) -> sockets.Socket | None:
-    return server_side.sock if isinstance(server_side, SocketSide) else None
