@@ -6,7 +6,7 @@ PYTHON ?= /usr/bin/python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 # Most tests wait for something: more of them at a time than cores.
-JOBS   ?= 3
+JOBS   ?= 4
 SUDO   := $(if $(filter 0,$(shell id -u)),,sudo)
 
 # python-iptables is built from source: gcc and the headers.

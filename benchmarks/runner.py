@@ -62,7 +62,9 @@ def _fitting(workload: Workload, beds: dict[type[Subject], Bed]) -> list[Bed]:
     return [
         bed
         for subject, bed in beds.items()
-        if workload.network in subject.networks and (workload.subjects is None or subject.name in workload.subjects)
+        if workload.network in subject.networks
+        and (workload.subjects is None or subject.name in workload.subjects)
+        and (subject.workloads is None or workload.name in subject.workloads)
     ]
 
 

@@ -45,12 +45,14 @@ class Subject(ABC):
         name: in `--only`, JSON and ratios.
         title: in tables and charts.
         networks: what it can carry.
+        workloads: names of those it makes sense for; None for all.
         routes: it lets the kernel forward; so flows need not be seen to end on the gateway.
     """
 
     name: ClassVar[str]
     title: ClassVar[str]
     networks: ClassVar[frozenset[str]] = frozenset({"tcp", "udp"})
+    workloads: ClassVar[frozenset[str] | None] = None
     routes: ClassVar[bool] = False
 
     def __init__(self, lab: Gateway, folder: Path) -> None:
@@ -141,7 +143,7 @@ class TproxydLearned(Tproxyd):
 
     name = "tproxyd-learned"
     title = "tproxyd, learned"
-    networks = frozenset({"udp"})
+    workloads = frozenset({"udp-64", "udp-1200", "udp-ping-pong"})
     routes = True
 
     def start(self) -> None:

@@ -250,7 +250,6 @@ class UdpFlows(Workload):
         Metric("cpu_us", "CPU µs each", 1),
     )
     fresh = True  # the flows of the round before would still be there
-    subjects = _PROXIES | {"routing"}  # flows as short as these are never learned
 
     def sample(self, bed: Bed, scale: Scale) -> Sample:
         """Run the generator once."""

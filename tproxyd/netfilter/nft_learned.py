@@ -78,7 +78,7 @@ def chains(versions: Sequence[int]) -> dict[str, list[str]]:
 
 def left_alone(versions: Iterable[int]) -> list[str]:
     """Rules that pass over the packets of learned flows, as clients send them."""
-    return [f"meta l4proto udp {_sent(version)} @{FLOWS[version]} return" for version in versions]
+    return [f"{_sent(version)} @{FLOWS[version]} return" for version in versions]
 
 
 def _sent(version: int) -> str:
