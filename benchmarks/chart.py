@@ -20,7 +20,13 @@ _FIGURES: Final = 56  # right of them
 _BAR: Final = 13
 _GAP: Final = 10
 _HEAD: Final = 34
-_COLOURS: Final = {"routing": "#8b949e", "tproxyd": "#1a7f5a", "haproxy": "#4a7fc1", "v2ray": "#c9783a"}
+_COLOURS: Final = {
+    "routing": "#8b949e",
+    "tproxyd-learned": "#5fc3a0",
+    "tproxyd": "#1a7f5a",
+    "haproxy": "#4a7fc1",
+    "v2ray": "#c9783a",
+}
 _STYLE: Final = """
 text { font: 12px system-ui, sans-serif; fill: #24292f; }
 .title { font-weight: 600; font-size: 14px; }

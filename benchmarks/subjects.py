@@ -1,7 +1,6 @@
 """What is measured. Each subject relays (or routes) everything that comes from the client, with the same job.
 
-SOCKS5 in front of one server is another job, with subjects of its own (redsocks among them): they belong here once
-tproxyd has that backend.
+SOCKS5 in front of one server is another job, with subjects of its own (redsocks among them), and is not measured yet.
 """
 
 from __future__ import annotations

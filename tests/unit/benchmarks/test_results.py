@@ -9,7 +9,7 @@ import pytest
 from benchmarks.chart import svg
 from benchmarks.report import table, write_json
 from benchmarks.results import Results
-from benchmarks.subjects import haproxy_sessions
+from benchmarks.subjects import SUBJECTS, haproxy_sessions
 from benchmarks.targets import verdicts
 
 ABOUT = {
@@ -104,3 +104,11 @@ def test_a_busy_machine_is_named(load: float, shown: bool) -> None:
     found = results(tproxyd=[1.0])
     found.about = {**ABOUT, "load_before": load}
     assert ("NOT QUIET" in table(found)) is shown
+
+
+def test_every_subject_has_a_place_in_the_chart() -> None:
+    found = Results(ABOUT)
+    for subject in SUBJECTS:
+        found.cell("udp-64", subject.name).samples.append({"pps": 1000.0})
+    drawn = svg(found)
+    assert all(f">{subject.title}</text>" in drawn for subject in SUBJECTS)
