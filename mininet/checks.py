@@ -22,7 +22,7 @@ from tproxyd.netfilter.plan import LEASE_S
 FRAGMENTED_BYTES: Final = 4000
 
 _FIRST_HOPS: Final = 64
-_SAME_PORT: Final = 40000
+_SAME_PORT: Final = 20000  # no port that the kernel gives away: one in TIME_WAIT could not be had
 _CLIENT_S: Final = 8.0
 _LOG_S: Final = 8.0
 _EACH_KIND: Final = [

@@ -181,7 +181,7 @@ def _dns(bed: Testbed, host: str, version: int) -> Talk:
     from testbed import ZONE
 
     own, server = bed.topology.clients[host][version], bed.topology.server[version]
-    port = 40000 + version  # dig does not tell which port it took, so it is given one
+    port = 20000 + version  # dig does not tell which port it took, so it is given one that nobody else gets
     query, kind = f"www.{ZONE}", {4: "A", 6: "AAAA"}[version]
     command = ["dig", f"@{server}", "-b", f"{own}#{port}", query, kind, "+short", "+time=2", "+tries=2"]
     done = bed.run(host, command)
