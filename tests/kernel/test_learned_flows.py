@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from tests.kernel.conftest import DaemonFactory
-from tests.lab import Daemon, Gateway, UdpService, cli, eventually, write_config
+from tests.lab import Daemon, Gateway, UdpService, cli, eventually, hears_refusal, write_config
 from tproxyd.flow import Endpoint
 
 FAMILY = {4: socket.AF_INET, 6: socket.AF_INET6}
@@ -172,15 +172,7 @@ def test_icmp_errors_of_a_learned_flow_reach_its_ends(
     server = bound(lab, "server", version, address[1])
     server.connect(client.getsockname())
     client.close()
-
-    def told() -> bool:
-        try:
-            server.send(b"y")
-        except ConnectionRefusedError:
-            return True
-        return False
-
-    assert eventually(told, "the server hears that the port is closed")
+    assert eventually(lambda: hears_refusal(server), "the server hears that the port is closed")
 
 
 @versions

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.lab import Namespace, TcpService, UdpService, eventually, open_descriptors
+from tests.lab.danted import danted
 from tests.lab.dialogue import converse
 from tproxyd.errors import ProtocolError, RemoteProtocolError
 from tproxyd.flow import Client, Endpoint, Network, OrigDst
@@ -98,13 +99,7 @@ def microsocks(start: Start, *options: str) -> tuple[str, int]:
 
 
 def dante(start: Start, folder: Path) -> tuple[str, int]:
-    (folder / "danted.conf").write_text(
-        f"logoutput: {folder}/log\ninternal: {LOOPBACK} port = 1080\nexternal: {LOOPBACK}\n"
-        "socksmethod: none\nclientmethod: none\nuser.privileged: root\nuser.unprivileged: nobody\n"
-        "client pass { from: 0.0.0.0/0 to: 0.0.0.0/0 }\nsocks pass { from: 0.0.0.0/0 to: 0.0.0.0/0\n"
-        "  command: bind connect udpassociate bindreply udpreply }\n"
-    )
-    return start(1080, ["danted", "-f", f"{folder}/danted.conf", "-p", f"{folder}/danted.pid"])
+    return start(1080, danted(folder, LOOPBACK, 1080))
 
 
 @TARGETS

@@ -15,6 +15,7 @@ import pytest
 
 from tests.kernel.conftest import DaemonFactory
 from tests.lab import Daemon, Gateway, TcpService, UdpService, config, eventually, tproxyd, write_config
+from tests.lab.danted import danted
 from tests.lab.proxies import socks5_proxy
 
 USER, PASSWORD = "user", "hunter2"
@@ -55,13 +56,7 @@ def microsocks(start: Start) -> str:
 
 
 def dante(start: Start, folder: Path) -> str:
-    (folder / "danted.conf").write_text(
-        f"logoutput: {folder}/log\ninternal: eth0 port = 1081\nexternal: eth0\n"
-        "socksmethod: none\nclientmethod: none\nuser.privileged: root\nuser.unprivileged: nobody\n"
-        "client pass { from: 0.0.0.0/0 to: 0.0.0.0/0 }\nsocks pass { from: 0.0.0.0/0 to: 0.0.0.0/0\n"
-        "  command: bind connect udpassociate bindreply udpreply }\n"
-    )
-    return start(1081, ["danted", "-f", f"{folder}/danted.conf", "-p", f"{folder}/danted.pid"])
+    return start(1081, danted(folder, "eth0", 1081))
 
 
 def tinyproxy(start: Start, folder: Path) -> str:

@@ -10,7 +10,7 @@ import time
 import pytest
 
 from tests.kernel.conftest import DaemonFactory
-from tests.lab import Gateway, UdpService, eventually
+from tests.lab import Gateway, UdpService, eventually, hears_refusal
 
 IP_RECVERR = {4: (socket.SOL_IP, 11), 6: (41, 25)}
 FAMILY = {4: socket.AF_INET, 6: socket.AF_INET6}
@@ -151,15 +151,7 @@ def test_client_that_left_is_told_to_the_server(lab: Gateway, daemon: DaemonFact
     client.sendto(b"x", server.getsockname())
     server.connect(server.recvfrom(10)[1])
     client.close()
-
-    def told() -> bool:
-        try:
-            server.send(b"y")
-        except ConnectionRefusedError:
-            return True
-        return False
-
-    assert eventually(told, "the server hears that the port is closed")
+    assert eventually(lambda: hears_refusal(server), "the server hears that the port is closed")
 
 
 @versions

@@ -8,7 +8,7 @@ from tests.lab.daemon import Daemon, DaemonError, cli, config, tproxyd, write_co
 from tests.lab.gateway import Gateway
 from tests.lab.namespace import Namespace
 from tests.lab.residue import Residue, exact_listings, listings, open_descriptors
-from tests.lab.services import TcpService, UdpService, answers, ask, service
+from tests.lab.services import TcpService, UdpService, answers, ask, hears_refusal, service
 from tests.lab.waiting import eventually
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "config",
     "eventually",
     "exact_listings",
+    "hears_refusal",
     "listings",
     "open_descriptors",
     "service",

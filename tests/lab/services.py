@@ -153,6 +153,15 @@ def answers(namespace: Namespace, network: str, peer: tuple[str, int], timeout_s
         return False
 
 
+def hears_refusal(sock: socket.socket) -> bool:
+    """Send a datagram on a connected socket; tell whether an earlier one was refused (ICMP port unreachable)."""
+    try:
+        sock.send(b"y")
+    except ConnectionRefusedError:
+        return True
+    return False
+
+
 def _echo(connection: socket.socket) -> None:
     while data := connection.recv(_CHUNK_BYTES):
         connection.sendall(data)
